@@ -1,0 +1,1 @@
+"""Endpoints: device models that do DMA through the IOMMU."""

@@ -1,0 +1,1 @@
+"""The IOASID uAPI: contexts, I/O address spaces, devices and their attachments."""

@@ -1,0 +1,1 @@
+"""PCI functions: config space, registers, interrupts, and the vfio-user server that carries them."""

@@ -1,0 +1,1 @@
+"""vIOMMU front ends: a guest's registers and queues turned into IOASID commands."""

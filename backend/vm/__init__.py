@@ -1,0 +1,1 @@
+"""The virtual machine: its parts, QEMU, firmware tables, initramfs and report."""
