@@ -1,1 +1,43 @@
 """PCI functions: config space, registers, interrupts, and the vfio-user server that carries them."""
+
+from backend.pci.bars import Bar
+from backend.pci.capabilities import (
+    Ats,
+    Capability,
+    Dsn,
+    Msi,
+    Msix,
+    Pasid,
+    PciExpress,
+    PowerManagement,
+    Pri,
+    RawCapability,
+    VendorSpecific,
+)
+from backend.pci.config_space import ConfigSpace
+from backend.pci.dma import DmaPort
+from backend.pci.function import PciFunction, ResetKind
+from backend.pci.ids import PciIds
+from backend.pci.registers import Register, RegisterTable
+
+__all__ = [
+    "Ats",
+    "Bar",
+    "Capability",
+    "ConfigSpace",
+    "DmaPort",
+    "Dsn",
+    "Msi",
+    "Msix",
+    "Pasid",
+    "PciExpress",
+    "PciFunction",
+    "PciIds",
+    "PowerManagement",
+    "Pri",
+    "RawCapability",
+    "Register",
+    "RegisterTable",
+    "ResetKind",
+    "VendorSpecific",
+]

@@ -1,0 +1,41 @@
+"""The DMA port: a function's only way to guest memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from backend.core import Fault, RouteCounters
+
+
+class DmaPort(Protocol):
+    """Requests of one RID, translated by whatever it is attached to. Addresses are IOVAs, lengths are bytes.
+
+    A request that could not be translated answers with a Fault and has moved `Fault.done` bytes before it.
+    """
+
+    enabled: Callable[[], bool]
+    """Whether the function may master the bus; while it says no, every request is Fault(BUS_MASTER_OFF)."""
+
+    def read(self, iova: int, length: int, pasid: int | None = None) -> bytes | Fault: ...
+
+    def read_into(self, iova: int, buffer: WriteableBuffer, pasid: int | None = None) -> Fault | None: ...
+
+    def write(self, iova: int, data: ReadableBuffer, pasid: int | None = None) -> Fault | None: ...
+
+    def scatter(
+        self, sg: Sequence[tuple[int, int]], buffer: ReadableBuffer, *, write: bool, pasid: int | None = None
+    ) -> Fault | None:
+        """Move a list of (iova, length) in one call; write: from `buffer` to the guest, else into `buffer`."""
+
+    def store(self, iova: int, value: int, width: int, pasid: int | None = None) -> Fault | None:
+        """One aligned release store of 1, 2, 4 or 8 bytes: for words that a guest polls."""
+
+    def load(self, iova: int, width: int, pasid: int | None = None) -> int | Fault:
+        """One aligned acquire load of 1, 2, 4 or 8 bytes."""
+
+    @property
+    def counters(self) -> RouteCounters: ...

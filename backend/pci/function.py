@@ -1,0 +1,194 @@
+"""One PCI function: the class to write a device with."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from backend.pci.bars import Bar
+from backend.pci.capabilities import (
+    EXP_DEVCTL_FLR,
+    MSI_ENABLE,
+    MSIX_ENABLE,
+    MSIX_FUNCTION_MASK,
+    Capability,
+    Msi,
+    Msix,
+    PciExpress,
+)
+from backend.pci.config_space import COMMAND, COMMAND_BUS_MASTER, ConfigSpace
+from backend.pci.ids import PciIds
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+    from backend.core import Fault
+    from backend.pci.dma import DmaPort
+
+
+class ResetKind(enum.Enum):
+    """Why a function is reset."""
+
+    DEVICE = "device"
+    """The client asked for it: a machine starts or reboots."""
+    FLR = "flr"
+    """The guest asked for it through the PCIe capability (PCIe 5.0, 6.6.2)."""
+    LOST_CONNECTION = "lost connection"
+    """The client is gone; the next one must find the function as new."""
+
+
+class PciFunction:
+    """A PCI function with its config space, registers, interrupts and DMA port.
+
+    A device subclasses it, declares its registers as tables, and overrides what it does itself. Nothing here
+    knows a transport: FunctionServer carries a function over vfio-user, a test drives it by plain calls.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        ids: PciIds,
+        bars: Mapping[int, Bar] | None = None,
+        capabilities: Sequence[Capability] = (),
+        force_bus_master: bool = False,
+    ) -> None:
+        self.name = name
+        self.ids = ids
+        self.bars: Mapping[int, Bar] = dict(bars or {})
+        self.rid = 0
+        self.config = ConfigSpace(ids, self.bars, capabilities, force_bus_master=force_bus_master)
+        self._dma: DmaPort | None = None
+        self._signal: Callable[[int], bool] | None = None
+        self._pending: set[int] = set()
+        self._msi = next((item for item in capabilities if isinstance(item, Msi)), None)
+        self._msix = next((item for item in capabilities if isinstance(item, Msix)), None)
+        self._msi_offset = self.config.find(Msi.id) or 0
+        self._msix_offset = self.config.find(Msix.id) or 0
+        self._exp_offset = self.config.find(PciExpress.id) or 0
+        self._flr = any(item.flr for item in capabilities if isinstance(item, PciExpress))
+        self._check_msix()
+        self.config.on_write(COMMAND, 2, self.deliver_pending)
+        if self._msi is not None:
+            self.config.on_write(self._msi_offset, self._msi.size, self.deliver_pending)
+        if self._msix is not None:
+            self.config.on_write(self._msix_offset, self._msix.size, self.deliver_pending)
+        if self._flr:
+            self.config.on_write(self._exp_offset + 8, 2, self._device_control_written)
+
+    # DMA
+
+    @property
+    def dma(self) -> DmaPort:
+        """The port to guest memory; RuntimeError before connect_dma."""
+        if self._dma is None:
+            raise RuntimeError(f"{self.name}: no DMA port is connected: call connect_dma first")
+        return self._dma
+
+    def connect_dma(self, port: DmaPort) -> None:
+        """Give the function its port; from now on the command register's bus master bit gates it."""
+        self._dma = port
+        port.enabled = lambda: self.bus_master
+
+    def dma_read(self, iova: int, length: int, pasid: int | None = None) -> bytes | Fault:
+        """`length` bytes from `iova`, or the fault."""
+        return self.dma.read(iova, length, pasid)
+
+    def dma_write(self, iova: int, data: ReadableBuffer, pasid: int | None = None) -> Fault | None:
+        """Write `data` at `iova`; the fault if there was one."""
+        return self.dma.write(iova, data, pasid)
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether the guest lets the function send requests, DMA and MSI alike (command register, bit 2)."""
+        return bool(self.config.read(COMMAND, 2) & COMMAND_BUS_MASTER)
+
+    # BARs
+
+    def bar_read(self, bar: int, offset: int, size: int) -> int:
+        """A guest's read of 1, 2, 4 or 8 bytes; from the BAR's registers unless a device overrides it."""
+        registers = self.bars[bar].registers
+        return 0 if registers is None else registers.read(offset, size)
+
+    def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
+        """A guest's write of 1, 2, 4 or 8 bytes; to the BAR's registers unless a device overrides it."""
+        registers = self.bars[bar].registers
+        if registers is not None:
+            registers.write(offset, size, value)
+
+    # Life
+
+    def reset(self, kind: ResetKind) -> None:
+        """Registers, config space and pending interrupts to reset values; devices extend it."""
+        self._pending.clear()
+        self.config.reset()
+        for bar in self.bars.values():
+            if bar.registers is not None:
+                bar.registers.reset()
+
+    def drained(self) -> None:
+        """Called after the transport has handled every message at hand: raise one interrupt a batch here."""
+
+    # Interrupts
+
+    @property
+    def interrupt_vectors(self) -> int:
+        """The most vectors that MSI or MSI-X offers; 0 for a function without interrupts."""
+        return max(self._msi.vectors if self._msi else 0, self._msix.vectors if self._msix else 0)
+
+    @property
+    def pending_interrupts(self) -> frozenset[int]:
+        """Vectors raised while they could not be sent."""
+        return frozenset(self._pending)
+
+    def connect_interrupts(self, signal: Callable[[int], bool] | None) -> None:
+        """`signal(vector)` sends an interrupt and says whether the other side has taken it; None: nobody listens."""
+        self._signal = signal
+
+    def interrupt(self, vector: int = 0) -> None:
+        """Raise a vector: sent if MSI-X or MSI is enabled and unmasked and the function masters the bus, else kept."""
+        if not 0 <= vector < self.interrupt_vectors:
+            raise ValueError(f"{self.name}: vector {vector} of {self.interrupt_vectors}")
+        if not self._send(vector):
+            self._pending.add(vector)
+
+    def deliver_pending(self) -> None:
+        """Send what was kept, as far as it can be sent now."""
+        if self._pending:
+            self._pending = {vector for vector in sorted(self._pending) if not self._send(vector)}
+
+    def _send(self, vector: int) -> bool:
+        if self._signal is None or not self.bus_master:
+            return False
+        if self._msix is not None:
+            control = self.config.read(self._msix_offset + 2, 2)
+            if control & MSIX_ENABLE:
+                return not control & MSIX_FUNCTION_MASK and vector < self._msix.vectors and self._signal(vector)
+        if self._msi is not None:
+            control = self.config.read(self._msi_offset + 2, 2)
+            if control & MSI_ENABLE:
+                # The guest may grant fewer messages than the function asked for (PCI 3.0, 6.8.1.3): share them.
+                granted = min(1 << (control >> 4 & 7), self._msi.vectors)
+                message = vector % granted
+                if self._msi.per_vector_mask:
+                    masked = self.config.read(self._msi_offset + self._msi.mask_offset, 4)
+                    if masked >> message & 1:
+                        return False
+                return self._signal(message)
+        return False
+
+    def _check_msix(self) -> None:
+        if self._msix is None:
+            return
+        for what, bar, end in (
+            ("table", self._msix.table_bar, self._msix.table_end),
+            ("pending bits", self._msix.pba_bar, self._msix.pba_end),
+        ):
+            if bar not in self.bars or end > self.bars[bar].size:
+                raise ValueError(f"{self.name}: the MSI-X {what} ends at {end:#x} of BAR{bar}, which is smaller")
+
+    def _device_control_written(self) -> None:
+        control = self.config.read(self._exp_offset + 8, 2)
+        if control & EXP_DEVCTL_FLR:
+            self.reset(ResetKind.FLR)
