@@ -1,0 +1,144 @@
+"""What a run needs and this project does not hold: QEMU, a kernel with its modules, busybox, libvfio-user.
+
+Each comes from the host where the host's own fits, else from the cache, fetched on first use. Every function gives
+something that was seen to work, or raises CannotRun with what to do. See docs/assets.md.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from backend.vm import debian, kernel_image, libvfio_user, qemu_binary
+from backend.vm.cache import MIB, Cache, Entry, Made
+from backend.vm.debian import NotThere
+from backend.vm.errors import CannotRun
+from backend.vm.kernel_image import Kernel
+from backend.vm.libvfio_user import LibvfioUser
+from backend.vm.progress import Report
+from backend.vm.qemu_binary import Qemu, Unfit
+
+MODULES = "usr/lib/modules/"
+BUSYBOX = "usr/bin/busybox"
+
+Fetch = Callable[[Sequence[str], Path, Path, Report], Made]
+"""Fetches from one set of suites; raises NotThere to have the next one tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """How one cache entry is made: suites are tried in turn, all of it is the entry's key but `what` and `need`."""
+
+    name: str
+    what: str
+    need: int
+    """Bytes at the peak: what is kept, what is unpacked, the packages. Measured, and a quarter more."""
+    packages: Sequence[str]
+    suites: Sequence[Sequence[str]]
+    fetch: Fetch
+
+    def key(self) -> Mapping[str, object]:
+        return {"packages": list(self.packages), "suites": [list(s) for s in self.suites], "host": platform.machine()}
+
+    def find(self, cache: Cache) -> Entry | None:
+        return cache.find(self.name, self.key())
+
+    def get(self, cache: Cache) -> Entry:
+        return cache.get(self.name, self.key(), what=self.what, need=self.need, maker=self._make)
+
+    def _make(self, entry: Path, work: Path, report: Report) -> Made:
+        reasons = []
+        for number, suites in enumerate(self.suites):
+            tree, scratch = work / f"tree-{number}", work / f"work-{number}"
+            tree.mkdir()
+            scratch.mkdir()
+            try:
+                made = self.fetch(suites, tree, scratch, report)
+            except (NotThere, Unfit) as reason:
+                reasons.append(str(reason))
+                continue
+            entry.rmdir()
+            tree.rename(entry)
+            return made
+        tried = "; ".join(reasons)
+        raise CannotRun(f"{self.what} cannot be fetched. {tried}. Set VIOASID_MIRROR to a complete Debian mirror.")
+
+
+def _fetch_qemu(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
+    debian.extract(QEMU.packages, suites, tree, work, keep=qemu_binary.wanted, report=report)
+    report("trying it")
+    return Made({"version": qemu_binary.check(qemu_binary.unpacked_argv(tree))}, [f"usr/bin/{qemu_binary.PROGRAM}"])
+
+
+def _fetch_guest(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
+    def wanted(path: str) -> bool:
+        return path.startswith((MODULES, "boot/vmlinuz-")) or path == BUSYBOX
+
+    debian.extract(GUEST.packages, suites, tree, work, keep=wanted, report=report, arch="amd64")
+    # split packages have the image beside its modules, older ones in /boot
+    for image in tree.glob("boot/vmlinuz-*"):
+        image.rename(tree / MODULES / image.name.removeprefix("vmlinuz-") / "vmlinuz")
+    images = sorted(tree.glob(f"{MODULES}*/vmlinuz"))
+    if not images or not (tree / BUSYBOX).exists():
+        raise NotThere(f"{' + '.join(suites)}: {' or '.join(GUEST.packages)} holds no kernel or no busybox")
+    version = kernel_image.read_version(images[0])
+    return Made({"version": version}, [f"{MODULES}{version}/vmlinuz", f"{MODULES}{version}/kernel", BUSYBOX])
+
+
+def _fetch_libvfio_user(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
+    source = work / "libvfio-user"
+    version = debian.source("qemu", suites[0], libvfio_user.SOURCE_FOLDER, source, work, report=report)
+    report("compiling")
+    libvfio_user.lay_out(source, tree)
+    return Made({"version": f"from QEMU {version}"}, [f"lib/{libvfio_user.SONAME}", "include/libvfio-user.h"])
+
+
+# Backports of Debian 13 come first: the oldest suite with a QEMU that fits.
+BACKPORTS = ("trixie", "trixie-backports")
+
+QEMU = Asset("qemu", "QEMU", 420 * MIB, ("qemu-system-x86",), (BACKPORTS, ("forky",), ("sid",)), _fetch_qemu)
+GUEST = Asset(
+    "guest", "a kernel and busybox", 480 * MIB, ("linux-image-amd64", "busybox-static"),
+    (BACKPORTS, ("trixie",), ("forky",), ("sid",)), _fetch_guest,
+)  # fmt: skip
+LIBVFIO_USER = Asset(
+    "libvfio-user", "libvfio-user", 160 * MIB, ("qemu",),
+    # the suites whose QEMU source carries the library come first; a mirror may lack the source files of one
+    (("trixie",), ("bookworm",), ("trixie-backports",), ("forky",), ("sid",)), _fetch_libvfio_user,
+)  # fmt: skip
+
+
+def qemu(cache: Cache | None = None) -> Qemu:
+    """The host's QEMU if it can be a vfio-user client, else the cached one, fetched if need be."""
+    try:
+        return qemu_binary.find_host()
+    except Unfit as host:
+        entry = QEMU.get(cache or Cache())
+        try:
+            return Qemu(qemu_binary.unpacked_argv(entry.path), entry.facts["version"], "cache")
+        except Unfit as kept:
+            raise CannotRun(f"No QEMU fits: {host}; {kept}. Remove {entry.path} to have it fetched again.") from kept
+
+
+def kernel(file: Path | None = None, cache: Cache | None = None) -> Kernel:
+    """The user's kernel with this host's modules for it, or the cached Debian kernel with its own."""
+    if file is not None:
+        return kernel_image.user_kernel(file)
+    entry = GUEST.get(cache or Cache())
+    version = entry.facts["version"]
+    modules = entry.path / MODULES / version
+    return Kernel(modules / "vmlinuz", modules, version, "cache")
+
+
+def busybox(cache: Cache | None = None) -> Path:
+    """A statically linked busybox for x86-64."""
+    return GUEST.get(cache or Cache()).path / BUSYBOX
+
+
+def libvfio_user_library(cache: Cache | None = None) -> LibvfioUser:
+    """The host's libvfio-user, else the cached one, compiled if need be."""
+    if host := libvfio_user.find_host():
+        return host
+    return libvfio_user.inside(LIBVFIO_USER.get(cache or Cache()).path)
