@@ -1,0 +1,54 @@
+"""The C core and its Python face: page tables, nested walk, IOTLB, routes and DMA."""
+
+from backend.core.answers import (
+    RW,
+    Access,
+    Counters,
+    Fault,
+    Reason,
+    RouteCounters,
+    SpaceCounters,
+    Translation,
+)
+from backend.core.core import Core
+from backend.core.errors import (
+    BadValueError,
+    BufferGoneError,
+    BusyError,
+    ClosedError,
+    CoreError,
+    ExistsError,
+    KindError,
+    LimitError,
+    NoMemoryError,
+    NotMappedError,
+    OverlapError,
+    UnknownIdError,
+)
+
+Prot = Access
+
+__all__ = [
+    "RW",
+    "Access",
+    "BadValueError",
+    "BufferGoneError",
+    "BusyError",
+    "ClosedError",
+    "Core",
+    "CoreError",
+    "Counters",
+    "ExistsError",
+    "Fault",
+    "KindError",
+    "LimitError",
+    "NoMemoryError",
+    "NotMappedError",
+    "OverlapError",
+    "Prot",
+    "Reason",
+    "RouteCounters",
+    "SpaceCounters",
+    "Translation",
+    "UnknownIdError",
+]

@@ -1,0 +1,124 @@
+"""What the core answers: a translation or a fault, and what it counts. Numbers are those of api.h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+from backend.core._native import lib
+
+
+class Access(IntFlag):
+    """What a request does; also what a mapping or a route permits."""
+
+    READ = lib.VIO_READ
+    WRITE = lib.VIO_WRITE
+
+
+RW = Access.READ | Access.WRITE
+
+
+class Reason(IntEnum):
+    """Why a request was answered by a fault; one table for every page-table format."""
+
+    NO_ROUTE = lib.VIO_REASON_NO_ROUTE
+    """Nobody said where requests of this (RID, PASID) go."""
+    BLOCKED = lib.VIO_REASON_BLOCKED
+    """The route exists and lets nothing through."""
+    NOT_BOUND = lib.VIO_REASON_NOT_BOUND
+    """The route leads to a nested space that has no table."""
+    NOT_PRESENT = lib.VIO_REASON_NOT_PRESENT
+    """The entry is not present."""
+    PERMISSION = lib.VIO_REASON_PERMISSION
+    """The route (stage 0) or an entry (stage 1, 2) does not permit the access."""
+    RESERVED_BITS = lib.VIO_REASON_RESERVED_BITS
+    """A reserved bit of the entry is set."""
+    ADDRESS_WIDTH = lib.VIO_REASON_ADDRESS_WIDTH
+    """Address bits beyond what the table or a skipped level covers; stage 0: the request wraps around 2^64."""
+    BAD_LEVEL = lib.VIO_REASON_BAD_LEVEL
+    """The entry's next level or page size is not legal where it stands."""
+    MISALIGNED = lib.VIO_REASON_MISALIGNED
+    """A leaf's base is not aligned to its size; stage 0: a single store or load is not aligned to its width."""
+    MEMORY_GONE = lib.VIO_REASON_MEMORY_GONE
+    """The memory was taken away by its owner. Stage 1: that of a table entry; stage 2: that of the data."""
+    BUS_MASTER_OFF = lib.VIO_REASON_BUS_MASTER_OFF
+    """The function may not issue requests; said by the layers above."""
+    ENTRY_CHANGED = lib.VIO_REASON_ENTRY_CHANGED
+    """The entry changed at every attempt to set its accessed or dirty bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A request that could not be served: an answer, not an exception."""
+
+    rid: int
+    pasid: int | None
+    ioasid: int
+    """0 without a route."""
+    iova: int
+    """Where in the request: the first byte that could not be reached."""
+    access: Access
+    stage: int
+    """1 or 2; 0 if no walk took place."""
+    level: int
+    """Of the entry at fault, 1 holding the smallest leaves; 0 if none was at fault."""
+    gpa: int | None
+    """Stage 1: GPA of the table entry; stage 2: the GPA that was to be translated."""
+    entry: int
+    """The entry as read, 0 if none was. Stage 2: it holds an address of this process, so not for a guest's eyes."""
+    reason: Reason
+    done: int
+    """Bytes moved before the fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """Where an IOVA lies."""
+
+    hva: int
+    size: int
+    """Bytes valid from hva onward within this translation: to the end of the smaller page of both stages."""
+    gpa: int
+    access: Access
+    """What both stages and the route permit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Totals of a core since its creation, and what it holds now."""
+
+    iotlb_hits: int
+    iotlb_misses: int
+    iotlb_evictions: int
+    """Fills that displaced another entry, live or stale."""
+    walks: int
+    requests: int
+    bytes: int
+    faults: int
+    spaces: int
+    routes: int
+    """Detached ones included: they keep their counters."""
+    table_pages: int
+    """4 KiB pages of tables the core built."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceCounters:
+    """Of one space since its creation."""
+
+    requests: int
+    bytes: int
+    faults: int
+    moved: int
+    """Requests with an IOVA other than its GPA."""
+    iotlb_hits: int
+    iotlb_misses: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCounters:
+    """Of one (RID, PASID) since it was first attached; they go on over detach and attach."""
+
+    requests: int
+    bytes: int
+    faults: int

@@ -1,0 +1,129 @@
+/*
+ * The C face of the core, as Python sees it: build.py hands this file to cffi, engine.h includes it.
+ * So it holds declarations only, and the one preprocessor form cffi knows: integer #defines.
+ */
+
+/* What a request does, and what a mapping or a route permits. */
+#define VIO_READ 1
+#define VIO_WRITE 2
+
+/* pasid argument of a request that carries none */
+#define VIO_NO_PASID 0xffffffff
+
+/* Bounds, each with its reason where it is enforced (space.c, route.c, pool.c, iotlb.c). */
+#define VIO_MAX_SPACES 1048576
+#define VIO_MAX_ROUTES 65536
+#define VIO_MAX_TABLE_PAGES 262144
+#define VIO_MAX_IOTLB 1048576
+
+/* Why a request was answered with a fault: one table for every format. */
+enum vio_reason {
+    VIO_REASON_NONE = 0,
+    VIO_REASON_NO_ROUTE,       /* nobody said where requests of this (RID, PASID) go */
+    VIO_REASON_BLOCKED,        /* the route exists and lets nothing through */
+    VIO_REASON_NOT_BOUND,      /* nested space without a table */
+    VIO_REASON_NOT_PRESENT,    /* entry not present */
+    VIO_REASON_PERMISSION,     /* present, and the access is not permitted */
+    VIO_REASON_RESERVED_BITS,  /* a reserved bit of an entry is set */
+    VIO_REASON_ADDRESS_WIDTH,  /* address bits beyond what the table (or a skipped level) covers, or iova + length wraps */
+    VIO_REASON_BAD_LEVEL,      /* the entry's level or size code is not legal where it stands */
+    VIO_REASON_MISALIGNED,     /* leaf base not aligned to the leaf's size, or a single store/load not aligned to its width */
+    VIO_REASON_MEMORY_GONE,    /* mapped memory that its owner has taken away (truncated, unmapped) */
+    VIO_REASON_BUS_MASTER_OFF, /* raised above the core: the function may not issue requests */
+    VIO_REASON_ENTRY_CHANGED,  /* an entry changed at every attempt to set its accessed or dirty bit */
+};
+
+/* Status of every call: 0 done, 1 answered by a fault (vio_last_fault), negative: misuse by the caller. */
+enum vio_status {
+    VIO_OK = 0,
+    VIO_FAULT = 1,
+    VIO_ERR_VALUE = -1,      /* bad alignment, size, level, address */
+    VIO_ERR_UNKNOWN = -2,    /* no such space or route */
+    VIO_ERR_EXISTS = -3,     /* ioasid in use */
+    VIO_ERR_BUSY = -4,       /* space has children or routes */
+    VIO_ERR_OVERLAP = -5,    /* part of the range is mapped already */
+    VIO_ERR_NOT_MAPPED = -6, /* part of the range is not mapped */
+    VIO_ERR_KIND = -7,       /* not this kind of space's business */
+    VIO_ERR_LIMIT = -8,      /* a bound is reached */
+    VIO_ERR_MEMORY = -9,     /* the host has no memory left */
+    VIO_ERR_BUFFER = -10,    /* the caller's own buffer went away under the call */
+};
+
+/* Configuration bits of a bound table. */
+#define VIO_TABLE_ACCESSED 1
+#define VIO_TABLE_DIRTY 2
+
+typedef struct vio_engine vio_engine;
+
+typedef struct {
+    uint64_t iova;    /* where the request stood when it failed */
+    uint64_t gpa;     /* valid if has_gpa */
+    uint64_t entry;   /* the table entry at fault, 0 if none was read */
+    uint64_t done;    /* bytes moved before */
+    uint32_t rid;
+    uint32_t pasid;
+    uint32_t ioasid;  /* 0 without a route */
+    uint8_t access;
+    uint8_t stage;    /* 1, 2, or 0 if no walk took place */
+    uint8_t level;
+    uint8_t reason;
+    uint8_t has_gpa;
+} vio_fault;
+
+typedef struct {
+    uint64_t hva;
+    uint64_t size;    /* bytes valid from hva onward */
+    uint64_t gpa;
+    uint32_t access;  /* permitted by both stages and the route */
+} vio_translation;
+
+typedef struct {
+    uint64_t iova;
+    uint64_t length;
+} vio_segment;
+
+typedef struct {
+    uint64_t iotlb_hits, iotlb_misses, iotlb_evictions, walks, requests, bytes, faults;
+    uint64_t spaces, routes, table_pages;
+} vio_counters;
+
+typedef struct {
+    uint64_t requests, bytes, faults, moved, iotlb_hits, iotlb_misses;
+} vio_space_counters;
+
+typedef struct {
+    uint64_t requests, bytes, faults;
+} vio_route_counters;
+
+/* engine.c */
+int vio_engine_create(uint32_t iotlb_entries, vio_engine **out);
+void vio_engine_destroy(vio_engine *engine);
+void vio_engine_counters(vio_engine *engine, vio_counters *out);
+int vio_format_find(const char *name);
+
+/* space.c */
+int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, uint32_t levels);
+int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent);
+int vio_space_destroy(vio_engine *engine, uint32_t ioasid);
+int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access);
+int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size);
+int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t root, uint32_t levels, uint32_t flags);
+int vio_space_unbind(vio_engine *engine, uint32_t ioasid);
+int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last);
+int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counters *out);
+
+/* route.c */
+int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t ioasid, uint32_t access);
+int vio_route_block(vio_engine *engine, uint32_t rid, uint32_t pasid);
+int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid);
+int vio_route_counters_get(vio_engine *engine, uint32_t rid, uint32_t pasid, vio_route_counters *out);
+
+/* dma.c */
+int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access,
+                  vio_translation *out);
+int vio_dma(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, void *buffer, uint64_t length, int write);
+int vio_dma_scatter(vio_engine *engine, uint32_t rid, uint32_t pasid, const vio_segment *segments, uint64_t count,
+                    void *buffer, int write);
+int vio_store(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t value, uint32_t width);
+int vio_load(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t width, uint64_t *out);
+const vio_fault *vio_last_fault(void);

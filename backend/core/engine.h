@@ -1,0 +1,122 @@
+/*
+ * The engine: one a VM. Spaces, routes, IOTLB and table pages behind one lock.
+ *
+ * Lock: DMA and translation hold it shared from the route's look-up to the last byte copied; whatever changes a space or
+ * a route holds it alone. So once such a change has returned, no request that could have seen the old state still runs.
+ */
+#ifndef VIOASID_ENGINE_H
+#define VIOASID_ENGINE_H
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "formats/formats.h"
+#include "guard.h"
+#include "index.h"
+#include "iotlb.h"
+#include "pool.h"
+#include "vio.h"
+
+#define RW_BOTH (VIO_READ | VIO_WRITE)
+
+struct space;
+
+/* A translation asked for, and its answer: the result, or where the walk ended. */
+struct walk {
+    uint64_t iova;
+    unsigned need; /* access that must be permitted */
+    /* result */
+    uint64_t hva, gpa;
+    unsigned size_lg2; /* smaller of both stages */
+    unsigned perm;     /* AND of both stages */
+    /* fault */
+    unsigned stage, level;
+    uint64_t fault_gpa, entry;
+    bool has_gpa;
+    /* stage-1 entry being read, should its memory be gone; level 0: none */
+    volatile unsigned reading_level;
+    volatile uint64_t reading_gpa;
+};
+
+typedef int (*walk_fn)(const struct space *space, struct guard *guard, struct walk *walk); /* 0 or a vio_reason */
+
+struct space {
+    uint32_t ioasid;
+    int format; /* enum pt_format_id */
+    struct pt_config table;
+    walk_fn walk;         /* NULL: nested and not bound */
+    struct space *parent; /* NULL: host-managed */
+    uint32_t children, routes;
+
+    uint32_t tag;   /* of this space's IOTLB entries; changed alone, or under the engine's tag lock (space_tag) */
+    uint64_t sizes; /* bit n: an entry of 2^n bytes was filled under this tag */
+    uint64_t epoch; /* counts what made the children's entries stale */
+    uint64_t seen;  /* the parent's epoch at which our tag was taken */
+
+    vio_space_counters counters;
+};
+
+struct route {
+    uint64_t key;
+    uint32_t rid, pasid;
+    struct space *space; /* NULL: detached, or blocked */
+    unsigned access;
+    bool blocked;
+    struct route *older, *newer; /* among the detached, kept for their counters */
+    vio_route_counters counters;
+};
+
+struct vio_engine {
+    pthread_rwlock_t lock;
+    pthread_mutex_t tag_lock;
+    struct index spaces, routes;
+    struct route *oldest, *newest; /* detached routes, in order of detachment */
+    struct iotlb iotlb;
+    struct pool pool;
+    uint32_t next_tag;
+    vio_counters counters;
+};
+
+/* Counters are added to by threads that hold the lock shared. */
+static inline void count(uint64_t *counter, uint64_t n)
+{
+    if (n)
+        __atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
+
+/* engine.c: tags. The engine's lock is held alone for both. */
+void engine_forget_space(struct vio_engine *engine, struct space *space);
+void engine_forget_range(struct vio_engine *engine, struct space *space, uint64_t first, uint64_t last);
+void space_renew_tag(struct vio_engine *engine, struct space *space); /* engine's lock shared: the parent has changed */
+
+/* Tag of the space's IOTLB entries; a parent's change reaches its children here, when they are next used. */
+static inline uint32_t space_tag(struct vio_engine *engine, struct space *space)
+{
+    if (space->parent && __atomic_load_n(&space->seen, __ATOMIC_ACQUIRE) != space->parent->epoch)
+        space_renew_tag(engine, space);
+    return space->tag;
+}
+
+static inline struct space *space_find(struct vio_engine *engine, uint32_t ioasid)
+{
+    return index_find(&engine->spaces, ioasid);
+}
+
+static inline uint64_t route_key(uint32_t rid, uint32_t pasid)
+{
+    return (uint64_t)pasid << 32 | rid;
+}
+
+/* walk.c */
+walk_fn walk_host(int format);                /* NULL: the format cannot hold tables of ours */
+walk_fn walk_nested(int stage1, int stage2); /* NULL: no such pair */
+
+/* host_table.c: tables that the core builds. All answer a vio_status. */
+int host_table_create(struct pool *pool, struct pt_config *table);
+void host_table_destroy(struct pool *pool, const struct pt_format *format, const struct pt_config *table);
+int host_table_map(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
+                   uint64_t hva, uint64_t size, unsigned perm);
+int host_table_unmap(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
+                     uint64_t size);
+
+#endif

@@ -1,0 +1,213 @@
+/* Spaces: what an IOASID stands for. Host-managed: a table of ours; nested: a table of the guest's over such a one. */
+#include "engine.h"
+
+#include <stdlib.h>
+
+/* Addresses of a process's own half on x86-64 with 4-level paging; Linux gives no others unless asked. */
+#define HVA_END (1ull << 47)
+#define PAGE_BITS 4095ull
+
+static int space_add(struct vio_engine *engine, uint32_t ioasid, struct space **out)
+{
+    struct space *space;
+
+    if (space_find(engine, ioasid))
+        return VIO_ERR_EXISTS;
+    /* As many as a 20-bit PASID can tell apart: one IOASID for each address space a guest can have on a device. */
+    if (engine->spaces.used >= VIO_MAX_SPACES)
+        return VIO_ERR_LIMIT;
+    space = calloc(1, sizeof *space);
+    if (!space)
+        return VIO_ERR_MEMORY;
+    if (index_insert(&engine->spaces, ioasid, space)) {
+        free(space);
+        return VIO_ERR_MEMORY;
+    }
+    space->ioasid = ioasid;
+    *out = space;
+    return VIO_OK;
+}
+
+static void space_remove(struct vio_engine *engine, struct space *space)
+{
+    index_remove(&engine->spaces, space->ioasid);
+    free(space);
+}
+
+int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, uint32_t levels)
+{
+    struct space *space;
+    int status;
+
+    if (format < 0 || format >= PT_FORMATS || !walk_host(format))
+        return VIO_ERR_KIND;
+    if (levels < pt_formats[format]->min_levels || levels > pt_formats[format]->max_levels)
+        return VIO_ERR_VALUE;
+    pthread_rwlock_wrlock(&engine->lock);
+    status = space_add(engine, ioasid, &space);
+    if (!status) {
+        space->format = format;
+        space->table.levels = levels;
+        status = host_table_create(&engine->pool, &space->table);
+        if (status) {
+            space_remove(engine, space);
+        } else {
+            space->walk = walk_host(format);
+            engine_forget_space(engine, space);
+        }
+    }
+    pthread_rwlock_unlock(&engine->lock);
+    return status;
+}
+
+int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent_ioasid)
+{
+    struct space *space, *parent;
+    int status = VIO_ERR_UNKNOWN;
+
+    pthread_rwlock_wrlock(&engine->lock);
+    parent = space_find(engine, parent_ioasid);
+    if (parent)
+        status = parent->parent ? VIO_ERR_KIND : space_add(engine, ioasid, &space);
+    if (!status) {
+        space->parent = parent;
+        parent->children++;
+        engine_forget_space(engine, space);
+    }
+    pthread_rwlock_unlock(&engine->lock);
+    return status;
+}
+
+int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    pthread_rwlock_wrlock(&engine->lock);
+    space = space_find(engine, ioasid);
+    if (space) {
+        status = space->children || space->routes ? VIO_ERR_BUSY : VIO_OK;
+        if (!status) {
+            if (space->parent)
+                space->parent->children--;
+            else
+                host_table_destroy(&engine->pool, pt_formats[space->format], &space->table);
+            space_remove(engine, space); /* its tag is never used again, so its IOTLB entries match nothing */
+        }
+    }
+    pthread_rwlock_unlock(&engine->lock);
+    return status;
+}
+
+int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    if (!size || ((iova | hva | size) & PAGE_BITS) || iova + (size - 1) < iova || !hva || hva >= HVA_END ||
+        size > HVA_END - hva || !access || (access & ~(uint32_t)RW_BOTH))
+        return VIO_ERR_VALUE;
+    pthread_rwlock_wrlock(&engine->lock);
+    space = space_find(engine, ioasid);
+    if (space)
+        status = space->parent ? VIO_ERR_KIND
+                               : host_table_map(&engine->pool, pt_formats[space->format], &space->table, iova, hva,
+                                                size, access);
+    pthread_rwlock_unlock(&engine->lock);
+    return status;
+}
+
+int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    if (!size || ((iova | size) & PAGE_BITS) || iova + (size - 1) < iova)
+        return VIO_ERR_VALUE;
+    pthread_rwlock_wrlock(&engine->lock);
+    space = space_find(engine, ioasid);
+    if (space)
+        status = space->parent
+                     ? VIO_ERR_KIND
+                     : host_table_unmap(&engine->pool, pt_formats[space->format], &space->table, iova, size);
+    if (!status)
+        engine_forget_range(engine, space, iova, iova + (size - 1));
+    pthread_rwlock_unlock(&engine->lock);
+    return status;
+}
+
+int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t root, uint32_t levels, uint32_t flags)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    if (format < 0 || format >= PT_FORMATS)
+        return VIO_ERR_KIND;
+    if (levels < pt_formats[format]->min_levels || levels > pt_formats[format]->max_levels || (root & PAGE_BITS) ||
+        root >> pt_formats[format]->oa_bits || (flags & ~(uint32_t)(VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY)) ||
+        flags == VIO_TABLE_DIRTY)
+        return VIO_ERR_VALUE;
+    pthread_rwlock_wrlock(&engine->lock);
+    space = space_find(engine, ioasid);
+    if (space) {
+        walk_fn walk = space->parent ? walk_nested(format, space->parent->format) : NULL;
+
+        status = walk ? VIO_OK : VIO_ERR_KIND;
+        if (walk) {
+            space->format = format;
+            space->table = (struct pt_config){.root = root, .levels = levels, .flags = flags};
+            space->walk = walk;
+            engine_forget_space(engine, space);
+        }
+    }
+    pthread_rwlock_unlock(&engine->lock);
+    return status;
+}
+
+int vio_space_unbind(vio_engine *engine, uint32_t ioasid)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    pthread_rwlock_wrlock(&engine->lock);
+    space = space_find(engine, ioasid);
+    if (space) {
+        status = space->parent ? VIO_OK : VIO_ERR_KIND;
+        if (!status) {
+            space->walk = NULL;
+            engine_forget_space(engine, space);
+        }
+    }
+    pthread_rwlock_unlock(&engine->lock);
+    return status;
+}
+
+int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    if (last < first)
+        return VIO_ERR_VALUE;
+    pthread_rwlock_wrlock(&engine->lock);
+    space = space_find(engine, ioasid);
+    if (space) {
+        status = VIO_OK;
+        if (!iotlb_forget(&engine->iotlb, space->tag, space->sizes, first, last))
+            engine_forget_space(engine, space);
+    }
+    pthread_rwlock_unlock(&engine->lock);
+    return status;
+}
+
+int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counters *out)
+{
+    struct space *space;
+
+    pthread_rwlock_wrlock(&engine->lock); /* alone: no request is half counted */
+    space = space_find(engine, ioasid);
+    if (space)
+        *out = space->counters;
+    pthread_rwlock_unlock(&engine->lock);
+    return space ? VIO_OK : VIO_ERR_UNKNOWN;
+}
