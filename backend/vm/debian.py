@@ -27,7 +27,8 @@ from backend.vm.progress import Report
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
-SUITES = frozenset(("bullseye", "bookworm", "trixie", "forky", "duke", "sid", "oldstable", "stable", "testing", "unstable"))
+CODENAMES = ("bullseye", "bookworm", "trixie", "forky", "duke", "sid")
+SUITES = frozenset((*CODENAMES, "oldoldstable", "oldstable", "stable", "testing", "unstable"))
 
 PHASES = {
     "running apt-get update": "asking the mirror",
@@ -340,7 +341,7 @@ UNSIGNED = re.compile(
 )
 ABSENT = re.compile(
     r"unable to (locate|find a source) package|no installation candidate|does not have a release file|\b404\b|"
-    r"file not found|value '.*' is invalid for apt::default-release|has no installation|unmet dependencies|hash sum mismatch",
+    r"file not found|is invalid for apt::default-release|unmet dependencies|hash sum mismatch",
     re.IGNORECASE,
 )
 

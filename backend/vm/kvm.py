@@ -1,8 +1,8 @@
 """Whether KVM works here, seen by booting the very kernel under it, and the accelerator that follows.
 
-/dev/kvm can exist, open, and run the firmware, and still fail in the middle of the kernel ("KVM internal error. Suberror:
-1, emulation failure") where a nested host emulates instructions it does not know. So nothing less than a kernel that starts
-counts. The answer is remembered for this boot of the host, this QEMU and this kernel.
+/dev/kvm can exist, open, and run the firmware, and still fail in the middle of the kernel ("KVM internal error.
+Suberror: 1, emulation failure") where a nested host emulates instructions it does not know. So nothing less than a
+kernel that starts counts. The answer is remembered for this boot of the host, this QEMU and this kernel.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def probe(qemu: Qemu, kernel: Kernel, cache: Cache | None = None) -> KvmState:
 
 
 def choose(requested: str, qemu: Qemu, kernel: Kernel, cache: Cache | None = None) -> Accelerator:
-    """The accelerator for a request of "auto", "kvm" or "tcg". Raises CannotRun if KVM is demanded and does not work."""
+    """The accelerator for a request of "auto", "kvm" or "tcg". Raises CannotRun if KVM is demanded and fails."""
     if requested == "tcg":
         return Accelerator("tcg", "")
     state = probe(qemu, kernel, cache)
