@@ -1,0 +1,163 @@
+"""Commands of the command buffer: 16 bytes in, a value or "illegal" out; no I/O (section 2.4 of publication 48882)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+from backend.viommu.amd.features import Efr
+
+COMMAND_SIZE = 16
+_PAGE = 0xFFFF_FFFF_FFFF_F000
+
+
+class Opcode(IntEnum):
+    COMPLETION_WAIT = 1
+    INVALIDATE_DEVTAB_ENTRY = 2
+    INVALIDATE_IOMMU_PAGES = 3
+    INVALIDATE_IOTLB_PAGES = 4
+    INVALIDATE_INTERRUPT_TABLE = 5
+    PREFETCH_IOMMU_PAGES = 6
+    COMPLETE_PPR_REQUEST = 7
+    INVALIDATE_IOMMU_ALL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class AddressRange:
+    """Addresses to invalidate, in bytes; `size` may be 2^64, which is all of them."""
+
+    start: int
+    size: int
+
+    @property
+    def everything(self) -> bool:
+        return self.size >= 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionWait:
+    store_address: int | None  # None: no store asked for
+    store_data: int
+    interrupt: bool
+    flush: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidateDeviceEntry:
+    device_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidatePages:
+    domain_id: int
+    range: AddressRange
+    directories: bool  # PDE: page directory entries too, not leaves alone
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidateDeviceTlb:
+    device_id: int
+    range: AddressRange
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidateInterruptTable:
+    device_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidateAll:
+    pass
+
+
+Command = (
+    CompletionWait
+    | InvalidateDeviceEntry
+    | InvalidatePages
+    | InvalidateDeviceTlb
+    | InvalidateInterruptTable
+    | InvalidateAll
+)
+
+
+class IllegalCommand(Exception):
+    """The 16 bytes are no command that this IOMMU knows; the text says why, for the log."""
+
+
+def address_range(operand: int) -> AddressRange:
+    """Decode the address and S (size) bit of an invalidation (section 2.4.3, table "example page size encodings").
+
+    With S clear it is one 4 KiB page. With S set the lowest zero bit of the address from bit 12 up gives the size: bit
+    12 zero is 8 KiB, 0x7FFFFFFFFFFFF000 is everything. An address of ones alone has no zero bit: everything too.
+    """
+    address = operand & _PAGE
+    if not operand & 1:
+        return AddressRange(address, 0x1000)
+    ones = (address >> 12) + 1 & ~(address >> 12)  # the lowest zero bit
+    size = ones << 13
+    if size >= 1 << 64:
+        return AddressRange(0, 1 << 64)
+    return AddressRange(address & -size, size)
+
+
+def _completion_wait(low: int, high: int) -> Command:
+    store = low & 0x000F_FFFF_FFFF_FFF8 if low & 1 else None
+    return CompletionWait(store, high, interrupt=bool(low & 2), flush=bool(low & 4))
+
+
+def _invalidate_device_entry(low: int, _high: int) -> Command:
+    return InvalidateDeviceEntry(low & 0xFFFF)
+
+
+def _invalidate_pages(low: int, high: int) -> Command:
+    return InvalidatePages(low >> 32 & 0xFFFF, address_range(high), directories=bool(high & 2))
+
+
+def _invalidate_device_tlb(low: int, high: int) -> Command:
+    return InvalidateDeviceTlb(low & 0xFFFF, address_range(high))
+
+
+def _invalidate_interrupt_table(low: int, _high: int) -> Command:
+    return InvalidateInterruptTable(low & 0xFFFF)
+
+
+def _invalidate_all(_low: int, _high: int) -> Command:
+    return InvalidateAll()
+
+
+class _Format(NamedTuple):
+    """One command: bits that may be set in each half (opcode aside), the feature it needs, how to read it."""
+
+    low: int
+    high: int
+    requires: Efr
+    decode: Callable[[int, int], Command]
+
+
+# PASID, GN and the type of a device-TLB invalidation belong to features that are not offered: they are reserved here.
+_FORMATS = {
+    Opcode.COMPLETION_WAIT: _Format(0x000F_FFFF_FFFF_FFFF, (1 << 64) - 1, Efr.NONE, _completion_wait),
+    Opcode.INVALIDATE_DEVTAB_ENTRY: _Format(0xFFFF, 0, Efr.NONE, _invalidate_device_entry),
+    Opcode.INVALIDATE_IOMMU_PAGES: _Format(0x0000_FFFF_0000_0000, _PAGE | 3, Efr.NONE, _invalidate_pages),
+    Opcode.INVALIDATE_IOTLB_PAGES: _Format(0x0000_FFFF_FF00_FFFF, _PAGE | 1, Efr.NONE, _invalidate_device_tlb),
+    Opcode.INVALIDATE_INTERRUPT_TABLE: _Format(0xFFFF, 0, Efr.NONE, _invalidate_interrupt_table),
+    Opcode.INVALIDATE_IOMMU_ALL: _Format(0, 0, Efr.INVALIDATE_ALL, _invalidate_all),
+}
+
+
+def decode(raw: bytes, efr: int) -> tuple[Opcode, Command]:
+    """Read one command of 16 bytes. Raises IllegalCommand for one that these features do not have."""
+    low = int.from_bytes(raw[:8], "little")
+    high = int.from_bytes(raw[8:16], "little")
+    number = low >> 60
+    try:
+        opcode = Opcode(number)
+        form = _FORMATS[opcode]
+    except (ValueError, KeyError):
+        raise IllegalCommand(f"opcode {number:#x} is not offered") from None
+    if form.requires & ~efr:
+        raise IllegalCommand(f"{opcode.name} needs {form.requires!r}, which EFR {efr:#x} does not offer")
+    reserved = (low & ~form.low & (1 << 60) - 1, high & ~form.high)
+    if any(reserved):
+        raise IllegalCommand(f"{opcode.name} with reserved bits {reserved[0]:#x}, {reserved[1]:#x} set")
+    return opcode, form.decode(low, high)

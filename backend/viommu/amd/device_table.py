@@ -1,0 +1,150 @@
+"""Entries of the device table: 32 bytes in, a verdict out; and the cache that INVALIDATE_DEVTAB_ENTRY empties.
+
+The order of the checks is that of section 2.2.2 of publication 48882 (device table entry, feature enablement for
+address translation). Bits 255:128 of an entry govern interrupts, which do not pass here: they are not looked at.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from backend.core import Access, Fault
+from backend.viommu.amd.features import Efr, host_levels
+
+ENTRY_SIZE = 32
+NO_ACCESS = Access(0)
+EVERYTHING = Access.READ | Access.WRITE
+
+_RESERVED_LOW = 1 << 63 | 0x7C  # bits 63 and 6:2 of the entry
+_RESERVED_HIGH = 1 << 42  # bit 106
+
+# Bits of the two halves (63:0, 127:64) that mean something only with a feature, and are reserved without it.
+_OPTIONAL_LOW = (
+    (Efr.HOST_ACCESSED, 3 << 7),  # HAD
+    (Efr.PPR, 1 << 52),  # PPR
+    (Efr.ENHANCED_PPR, 1 << 53),  # GPRP
+    (Efr.GUEST_IO, 1 << 54),  # GIoV
+    (Efr.GUEST_TRANSLATION, 0x3F << 55),  # GV, GLX, GCR3 table root pointer 14:12
+)
+_OPTIONAL_HIGH = ((Efr.GUEST_TRANSLATION, 0xFFFF_F800_FFFF_0000),)  # GCR3 table root pointer 30:15 and 51:31
+
+
+def reserved_bits(efr: int) -> tuple[int, int]:
+    """Masks of the bits that must be zero in a valid entry's 63:0 and 127:64 when `efr` is what is offered."""
+    low, high = _RESERVED_LOW, _RESERVED_HIGH
+    for feature, bits in _OPTIONAL_LOW:
+        low |= 0 if feature & efr else bits
+    for feature, bits in _OPTIONAL_HIGH:
+        high |= 0 if feature & efr else bits
+    return low, high
+
+
+class Decision(Enum):
+    """What becomes of a device's requests."""
+
+    BYPASS = auto()  # forwarded untranslated, bounded by `access`
+    TRANSLATE = auto()  # walked through the table at `root`
+    NO_TRANSLATION = auto()  # TV clear: refused as a page that is not present
+    OUT_OF_TABLE = auto()  # the device ID lies beyond the table's size
+    ILLEGAL_LEVEL = auto()  # paging mode 7, or deeper than offered
+    ILLEGAL_BITS = auto()  # reserved bits set
+    UNREADABLE = auto()  # the entry could not be read
+    NO_TABLE = auto()  # the engine refused the page table
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A device table entry, judged.
+
+    `access` is IR and IW; `domain_id`, `root` (GPA) and `levels` hold for TRANSLATE; `address` is the GPA of the entry;
+    the suppressions are SE (all page faults but the first since the entry was read) and SA (all of them).
+    """
+
+    decision: Decision
+    address: int
+    access: Access = NO_ACCESS
+    domain_id: int = 0
+    root: int = 0
+    levels: int = 0
+    suppress_repeated: bool = False
+    suppress_all: bool = False
+
+
+def judge(raw: bytes, address: int, efr: int) -> Verdict:
+    """Judge the 32 bytes of one entry, read at GPA `address`."""
+    low = int.from_bytes(raw[:8], "little")
+    high = int.from_bytes(raw[8:16], "little")
+    # V=0: nothing else of the entry counts, requests are forwarded untranslated.
+    if not low & 1:
+        return Verdict(Decision.BYPASS, address, EVERYTHING)
+
+    mode = low >> 9 & 7
+    access = (Access.READ if low >> 61 & 1 else NO_ACCESS) | (Access.WRITE if low >> 62 & 1 else NO_ACCESS)
+
+    def verdict(decision: Decision) -> Verdict:
+        return Verdict(
+            decision,
+            address,
+            access,
+            domain_id=high & 0xFFFF,
+            root=low & 0x000F_FFFF_FFFF_F000,
+            levels=mode,
+            suppress_repeated=bool(high >> 33 & 1),
+            suppress_all=bool(high >> 34 & 1),
+        )
+
+    reserved_low, reserved_high = reserved_bits(efr)
+    if low & reserved_low or high & reserved_high:
+        return verdict(Decision.ILLEGAL_BITS)
+    # TV=0: there is no translation information, a request that needs it ends here.
+    if not low & 2:
+        return verdict(Decision.NO_TRANSLATION)
+    # Mode 0: untranslated, and IR and IW still decide.
+    if mode == 0:
+        return verdict(Decision.BYPASS)
+    if mode > host_levels(efr):
+        return verdict(Decision.ILLEGAL_LEVEL)
+    return verdict(Decision.TRANSLATE)
+
+
+class DeviceTable:
+    """The table in guest memory, and what was read of it.
+
+    `read(gpa, length)` is the IOMMU's own DMA. An entry is read once and then kept, refusals as well, until forgotten:
+    as many verdicts as there are devices asked for, which the caller bounds to its endpoints.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes | Fault], efr: int) -> None:
+        self._read = read
+        self._efr = efr
+        self._verdicts: dict[int, Verdict] = {}
+
+    def look_up(self, device_id: int, base_register: int) -> Verdict:
+        """The verdict for a device, from the table that the Device Table Base Address Register names.
+
+        Its bits 8:0 are the size in 4 KiB pages less one, 51:12 the address.
+        """
+        verdict = self._verdicts.get(device_id)
+        if verdict is None:
+            verdict = self._fetch(device_id, base_register)
+            self._verdicts[device_id] = verdict
+        return verdict
+
+    def _fetch(self, device_id: int, base_register: int) -> Verdict:
+        address = (base_register & 0x000F_FFFF_FFFF_F000) + device_id * ENTRY_SIZE
+        if device_id * ENTRY_SIZE >= ((base_register & 0x1FF) + 1) * 0x1000:
+            return Verdict(Decision.OUT_OF_TABLE, address)
+        raw = self._read(address, ENTRY_SIZE)
+        if isinstance(raw, Fault):
+            return Verdict(Decision.UNREADABLE, address)
+        return judge(raw, address, self._efr)
+
+    def refuse(self, device_id: int) -> None:
+        """Remember that the engine would not take the page table of this device's entry."""
+        self._verdicts[device_id] = replace(self._verdicts[device_id], decision=Decision.NO_TABLE)
+
+    def forget(self, device_id: int) -> None:
+        self._verdicts.pop(device_id, None)
+
+    def forget_all(self) -> None:
+        self._verdicts.clear()

@@ -1,0 +1,89 @@
+"""What this IOMMU offers: the Extended Feature Register and the PCI capability block that announce it.
+
+Sections are those of the AMD I/O Virtualization Technology (IOMMU) Specification, publication 48882. The value of the
+feature register stands in one table, because three places must agree on it: MMIO 0x30, the IVHD in the IVRS table, and
+the code that takes a bit of the guest as reserved when its feature is absent.
+"""
+
+from dataclasses import dataclass
+from enum import IntFlag
+
+
+class Efr(IntFlag):
+    """Features of one bit in the Extended Feature Register (section 3.3.1, MMIO 0x30)."""
+
+    NONE = 0
+    PREFETCH = 1 << 0
+    PPR = 1 << 1
+    NX = 1 << 3
+    GUEST_TRANSLATION = 1 << 4
+    INVALIDATE_ALL = 1 << 6
+    GUEST_APIC = 1 << 7
+    GUEST_IO = 1 << 48
+    HOST_ACCESSED = 1 << 49
+    ENHANCED_PPR = 1 << 50
+    HOST_DIRTY = 1 << 52
+    IOTLB_TYPE = 1 << 54
+
+
+@dataclass(frozen=True, slots=True)
+class EfrField:
+    """One field of the Extended Feature Register: its bits, what is announced there, and why."""
+
+    name: str
+    shift: int
+    width: int
+    value: int
+    reason: str
+
+
+EFR_FIELDS = (
+    EfrField("PreFSup", 0, 1, 0, "a prefetch would have to ask the engine for a walk, which no command of it does"),
+    EfrField("PPRSup", 1, 1, 0, "no page-request log"),
+    EfrField("XTSup", 2, 1, 0, "interrupts do not pass through this IOMMU: QEMU delivers them"),
+    EfrField("NXSup", 3, 1, 0, "belongs to guest page tables"),
+    EfrField("GTSup", 4, 1, 0, "host (v1) page tables only"),
+    EfrField("IASup", 6, 1, 1, "INVALIDATE_IOMMU_ALL; without it Linux sends one command a device and domain at start"),
+    EfrField("GASup", 7, 1, 0, "no interrupt remapping, so no 128-bit remapping entries"),
+    EfrField("HESup", 8, 1, 0, "hardware errors go to the event log alone"),
+    EfrField("PCSup", 9, 1, 0, "no performance counters; they would also need a BAR of 512 KiB"),
+    EfrField("HATS", 10, 2, 2, "host tables of up to six levels: DTE modes 1 to 6"),
+    EfrField("GATS", 12, 2, 0, "belongs to guest page tables"),
+    EfrField("GLXSup", 14, 2, 0, "belongs to guest page tables"),
+    EfrField("PASmax", 32, 5, 0, "belongs to guest page tables"),
+    EfrField("DevTblSegSup", 38, 2, 0, "one segment: the whole table of 65,536 entries is 2 MiB"),
+    EfrField("MsiCapMmioSup", 46, 1, 0, "the MSI capability is reached through configuration space"),
+    EfrField("GIoSup", 48, 1, 0, "belongs to guest page tables"),
+    EfrField("HASup", 49, 1, 0, "accessed bits of host tables are left alone"),
+    EfrField("EPHSup", 50, 1, 0, "belongs to page requests"),
+    EfrField("HDSup", 52, 1, 0, "dirty bits of host tables are left alone"),
+    EfrField("InvIotlbTypeSup", 54, 1, 0, "belongs to device TLBs"),
+)
+EFR = sum(field.value << field.shift for field in EFR_FIELDS)
+EFR2 = 0  # Extended Feature Register 2 (MMIO 0x1A0): none of its features
+
+
+def host_levels(efr: int) -> int:
+    """Levels that a host page table may have (EFR.HATS: 0 is four, 1 is five, 2 is six; 3 is reserved)."""
+    return 4 + (efr >> 10 & 3)
+
+
+# Sizes of addresses, in MiscInfo 0 of the capability block and again in the IVinfo of the IVRS table (section 5.2.1)
+PHYSICAL_ADDRESS_BITS = 52
+VIRTUAL_ADDRESS_BITS = 64  # a table of six levels takes all of the address
+ADDRESS_SIZES = PHYSICAL_ADDRESS_BITS << 8 | VIRTUAL_ADDRESS_BITS << 15
+
+CAPABILITY_ID = 0x0F
+CAPABILITY_OFFSET = 0x40
+MSI_OFFSET = 0x60
+
+
+def capability_data() -> bytes:
+    """The IOMMU capability block without its two bytes of id and link: 22 bytes of offsets 0x42 to 0x57 (section 3.2).
+
+    The registers themselves stand in BAR 0, so the base address registers of the block hold no address, only their
+    enable bit.
+    """
+    header = 3 | 1 << 3 | 1 << 8 | 1 << 11  # CapType 3, CapRev 1, IotlbSup, EFRSup
+    words = (1, 0, 0, ADDRESS_SIZES, 0)
+    return header.to_bytes(2, "little") + b"".join(word.to_bytes(4, "little") for word in words)

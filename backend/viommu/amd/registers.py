@@ -1,0 +1,106 @@
+"""The MMIO registers, as a table (section 3.3 of publication 48882), each of 64 bits and reached by halves as well.
+
+Registers of features that are not offered are absent: they read as zero and ignore writes, as reserved registers do.
+So do the exclusion range registers: no exclusion range is offered, and ExEn reads back as zero.
+"""
+
+from enum import IntFlag
+
+from backend.pci.registers import Register, RegisterTable
+from backend.viommu.amd.features import EFR2, Efr
+
+BAR_SIZE = 0x4000  # the register block without performance counters
+
+ADDRESS_FIELD = 0x000F_FFFF_FFFF_F000  # 51:12
+LENGTH_FIELD = 0xF << 56
+LENGTH_RESET = 8 << 56  # 256 entries
+POINTER_FIELD = 0x7FFF0  # 18:4
+
+
+class Control(IntFlag):
+    """The IOMMU Control Register: the bits that do something here."""
+
+    IOMMU_EN = 1 << 0
+    EVENT_LOG_EN = 1 << 2
+    EVENT_INT_EN = 1 << 3
+    COM_WAIT_INT_EN = 1 << 4
+    CMD_BUF_EN = 1 << 12
+
+
+# Bits that are kept and change nothing here: the timeout of device-TLB invalidations (there are none to wait for),
+# ordering and coherence of the IOMMU's own requests (all of them are ordered and coherent).
+_KEPT = 0b111 << 5 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 11
+
+_OPTIONAL_CONTROLS = (
+    (Efr.PPR, 0b111 << 13),  # PPRLogEn, PPRIntEn, PPREn
+    (Efr.GUEST_TRANSLATION, 1 << 16),  # GTEn
+    (Efr.GUEST_APIC, 1 << 17),  # GAEn
+    (Efr.ENHANCED_PPR, 1 << 45),  # EPHEn
+    (Efr.HOST_ACCESSED, 0b11 << 46),  # HADUpdate
+)
+
+
+class Status(IntFlag):
+    """The IOMMU Status Register."""
+
+    EVENT_OVERFLOW = 1 << 0
+    EVENT_LOG_INT = 1 << 1
+    COM_WAIT_INT = 1 << 2
+    EVENT_LOG_RUN = 1 << 3
+    CMD_BUF_RUN = 1 << 4
+
+
+NO_STATUS = Status(0)
+STATUS_CLEARED_BY_SOFTWARE = Status.EVENT_OVERFLOW | Status.EVENT_LOG_INT | Status.COM_WAIT_INT
+STATUS_RUN = Status.EVENT_LOG_RUN | Status.CMD_BUF_RUN
+
+DEVICE_TABLE_BASE = "Device Table Base Address"
+COMMAND_BASE = "Command Buffer Base Address"
+EVENT_BASE = "Event Log Base Address"
+CONTROL = "IOMMU Control"
+STATUS = "IOMMU Status"
+COMMAND_HEAD = "Command Buffer Head Pointer"
+COMMAND_TAIL = "Command Buffer Tail Pointer"
+EVENT_HEAD = "Event Log Head Pointer"
+EVENT_TAIL = "Event Log Tail Pointer"
+
+
+def control_mask(efr: int) -> int:
+    """Bits of the control register that software can set; those of features that are not offered stay zero."""
+    mask = _KEPT
+    for control in Control:
+        mask |= control
+    for feature, bits in _OPTIONAL_CONTROLS:
+        mask |= bits if feature & efr else 0
+    return mask
+
+
+def register_table(efr: int) -> RegisterTable:
+    """The registers of an IOMMU that offers the features in `efr`, at their reset values."""
+    ring = ADDRESS_FIELD | LENGTH_FIELD
+    return RegisterTable(
+        (
+            Register(DEVICE_TABLE_BASE, 0x0000, 8, rw=ADDRESS_FIELD | 0x1FF, section="3.3.1"),
+            Register(COMMAND_BASE, 0x0008, 8, reset=LENGTH_RESET, rw=ring, section="3.3.1"),
+            Register(EVENT_BASE, 0x0010, 8, reset=LENGTH_RESET, rw=ring, section="3.3.1"),
+            Register(CONTROL, 0x0018, 8, rw=control_mask(efr), section="3.3.1"),
+            Register("Extended Feature", 0x0030, 8, reset=efr, ro=efr, section="3.3.1"),
+            Register("Extended Feature 2", 0x01A0, 8, reset=EFR2, ro=EFR2, section="3.3.1"),
+            Register(COMMAND_HEAD, 0x2000, 8, rw=POINTER_FIELD, section="3.3.13"),
+            Register(COMMAND_TAIL, 0x2008, 8, rw=POINTER_FIELD, section="3.3.13"),
+            Register(EVENT_HEAD, 0x2010, 8, rw=POINTER_FIELD, section="3.3.13"),
+            Register(EVENT_TAIL, 0x2018, 8, rw=POINTER_FIELD, section="3.3.13"),
+            Register(STATUS, 0x2020, 8, ro=int(STATUS_RUN), w1c=int(STATUS_CLEARED_BY_SOFTWARE), section="3.3.14"),
+        )
+    )
+
+
+def ring_address(base_register: int) -> int:
+    """GPA that a ring's base address register names."""
+    return base_register & ADDRESS_FIELD
+
+
+def ring_size(base_register: int) -> int:
+    """Bytes of a ring: 2^n entries of 16 bytes, n in 59:56 of its base register; below 8 it is reserved: 0 bytes."""
+    length = base_register >> 56 & 0xF
+    return 16 << length if length >= 8 else 0

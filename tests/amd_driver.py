@@ -1,0 +1,250 @@
+"""A driver for the AMD IOMMU, for tests: a VM's memory, the IOMMU's registers, and structures laid by hand.
+
+Layouts and numbers are those of the AMD I/O Virtualization Technology (IOMMU) Specification, publication 48882; nothing
+of them is taken from the code under test.
+"""
+
+import struct
+from dataclasses import dataclass
+
+from guest_ram import PAGE, Ram
+
+from backend.core import Access, Fault
+from backend.ioasid import Engine
+from backend.viommu.amd import AmdIommu
+
+IOMMU = 0x0010  # 00:02.0
+ENDPOINT = 0x0018  # 00:03.0
+SECOND = 0x0021  # 00:04.1
+
+MEMORY = 4 << 20
+DEVICE_TABLE = 0x00_0000
+COMMANDS = 0x10_0000
+EVENTS = 0x20_0000
+SEMAPHORE = 0x28_0000
+TABLES = 0x29_0000
+DATA = 0x30_0000
+NOWHERE = 0x7_0000_0000  # no memory there
+
+CONTROL, STATUS = 0x18, 0x2020
+COMMAND_HEAD, COMMAND_TAIL, EVENT_HEAD, EVENT_TAIL = 0x2000, 0x2008, 0x2010, 0x2018
+IOMMU_EN, EVENT_LOG_EN, EVENT_INT_EN, COM_WAIT_INT_EN, COMMAND_EN = 1, 1 << 2, 1 << 3, 1 << 4, 1 << 12
+EVENT_OVERFLOW, EVENT_INT, COM_WAIT_INT, EVENT_RUN, COMMAND_RUN = 1, 2, 4, 8, 16
+READ, WRITE = 1 << 61, 1 << 62
+
+ALL_PAGES = 0x7FFF_FFFF_FFFF_F000
+EVERY_PAGE = (ALL_PAGES, True)
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event as its figure in section 2.5 lays it out."""
+
+    code: int
+    device: int
+    domain: int
+    flags: int
+    address: int
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name):#x}" for name in self.__dataclass_fields__)
+        return f"Event({fields})"
+
+
+def parse_event(raw: bytes) -> Event:
+    first, second, low, high = struct.unpack("<4I", raw)
+    domain = second & 0xFFFF | (first >> 16 & 0xF) << 16
+    return Event(second >> 28, first & 0xFFFF, domain, second >> 16 & 0xFFF, high << 32 | low)
+
+
+def completion_wait(address: int = 0, data: int = 0, *, store: bool = True, interrupt: bool = False) -> bytes:
+    return struct.pack("<QQ", 1 << 60 | address | store | interrupt << 1, data)
+
+
+def invalidate_entry(device: int) -> bytes:
+    return struct.pack("<QQ", 2 << 60 | device, 0)
+
+
+def invalidate_pages(domain: int, address: int, size: bool) -> bytes:
+    return struct.pack("<QQ", 3 << 60 | domain << 32, address | size | 2)
+
+
+def invalidate_device_tlb(device: int, address: int) -> bytes:
+    return struct.pack("<QQ", 4 << 60 | device << 32 | 1 << 24 | device, address)
+
+
+def invalidate_interrupts(device: int) -> bytes:
+    return struct.pack("<QQ", 5 << 60 | device, 0)
+
+
+def invalidate_all() -> bytes:
+    return struct.pack("<QQ", 8 << 60, 0)
+
+
+def device_entry(root: int = 0, mode: int = 0, domain: int = 0, *, low: int = 3 | READ | WRITE, high: int = 0) -> bytes:
+    """A device table entry (section 2.2.2): V 0, TV 1, Mode 11:9, root 51:12, IR 61, IW 62, domain ID 79:64."""
+    return struct.pack("<4Q", low | mode << 9 | root, domain | high, 0, 0)
+
+
+class PageTable:
+    """Host page tables of any number of levels in guest memory (section 2.2.3): PR 0, NextLevel 11:9, IR 61, IW 62."""
+
+    def __init__(self, ram: Ram, base: int, levels: int) -> None:
+        self._ram = ram
+        self._free = base + PAGE
+        self.root = base
+        self.levels = levels
+        ram.poke(base, bytes(PAGE))
+
+    def slot(self, iova: int, level: int) -> int:
+        """GPA of the entry for `iova` at a level, whose tables above must exist or are made."""
+        table = self.root
+        for above in range(self.levels, level, -1):
+            at = table + (iova >> (12 + 9 * (above - 1)) & 0x1FF) * 8
+            (entry,) = struct.unpack("<Q", self._ram.peek(at, 8))
+            if not entry & 1:
+                entry = 1 | (above - 1) << 9 | self._free | READ | WRITE
+                self._ram.poke(self._free, bytes(PAGE))
+                self._ram.poke(at, struct.pack("<Q", entry))
+                self._free += PAGE
+            table = entry & 0x000F_FFFF_FFFF_F000
+        return table + (iova >> (12 + 9 * (level - 1)) & 0x1FF) * 8
+
+    def set(self, iova: int, entry: int, level: int = 1) -> None:
+        self._ram.poke(self.slot(iova, level), struct.pack("<Q", entry))
+
+    def map(self, iova: int, gpa: int, access: int = READ | WRITE) -> None:
+        self.set(iova, 1 | gpa | access)
+
+
+class Vm:
+    """Memory, engine and IOMMU of a VM with two endpoints, and a driver's hands on its registers."""
+
+    def __init__(self) -> None:
+        self.ram = Ram(MEMORY)
+        self.engine = Engine()
+        context = self.engine.open()
+        self.context = context
+        self.stage2 = context.alloc()
+        context.map_dma(self.stage2, 0, self.ram.hva, MEMORY, Access.READ | Access.WRITE)
+        for rid, name in ((IOMMU, "iommu"), (ENDPOINT, "endpoint"), (SECOND, "second")):
+            self.engine.add_device(rid, name)
+            context.bind_device(rid)
+        context.attach(IOMMU, self.stage2)
+        self.iommu = AmdIommu(context, self.stage2, [ENDPOINT, SECOND])
+        self.iommu.rid = IOMMU
+        self.iommu.connect_dma(self.engine.devices[IOMMU].port)
+        self.interrupts = 0
+        self.iommu.connect_interrupts(self._interrupted)
+        self.engine.set_router(self.iommu.route)
+        self.engine.on_fault(self.iommu.on_fault)
+        self.endpoint = self.engine.devices[ENDPOINT].port
+        self.second = self.engine.devices[SECOND].port
+        self.command_size = self.event_size = 0
+        self.sequence = 0
+
+    def close(self) -> None:
+        self.engine.close()
+        self.ram.close()
+
+    def _interrupted(self, vector: int) -> bool:
+        assert vector == 0
+        self.interrupts += 1
+        return True
+
+    # Registers, 64-bit ones as pairs of 32 bits
+
+    def read(self, offset: int) -> int:
+        return self.iommu.bar_read(0, offset, 4) | self.iommu.bar_read(0, offset + 4, 4) << 32
+
+    def write(self, offset: int, value: int) -> None:
+        self.iommu.bar_write(0, offset, 4, value & 0xFFFF_FFFF)
+        self.iommu.bar_write(0, offset + 4, 4, value >> 32)
+
+    def control(self, *, set_: int = 0, clear: int = 0) -> None:
+        self.write(CONTROL, self.read(CONTROL) & ~clear | set_)
+
+    @property
+    def status(self) -> int:
+        return self.read(STATUS)
+
+    # Start, as a driver starts it
+
+    def enable_msi(self) -> None:
+        config = self.iommu.config
+        config.write(0x64, 4, 0xFEE0_0000)
+        config.write(0x6C, 2, 0x21)
+        config.write(0x62, 2, config.read(0x62, 2) | 1)
+
+    def start(self, *, pages: int = 2, commands: int = 9, events: int = 9) -> None:
+        """Device table of `pages` pages, rings of 2^n entries, all on, everything invalidated."""
+        self.write(0x00, DEVICE_TABLE | pages - 1)
+        self.set_commands(commands)
+        self.control(set_=COMMAND_EN)
+        self.control(set_=IOMMU_EN)
+        self.submit(invalidate_all())
+        self.set_events(events)
+        self.control(set_=EVENT_LOG_EN)
+        self.enable_msi()
+        self.control(set_=EVENT_INT_EN)
+        assert self.wait()
+        assert self.status == EVENT_RUN | COMMAND_RUN
+
+    def set_commands(self, length: int, base: int = COMMANDS) -> None:
+        self.command_size = 16 << length
+        self.write(0x08, base | length << 56)
+        self.write(COMMAND_HEAD, 0)
+        self.write(COMMAND_TAIL, 0)
+
+    def set_events(self, length: int, base: int = EVENTS) -> None:
+        self.event_size = 16 << length
+        self.write(0x10, base | length << 56)
+        self.write(EVENT_HEAD, 0)
+        self.write(EVENT_TAIL, 0)
+
+    # Queues
+
+    def place(self, *commands: bytes) -> int:
+        """Put commands into the ring and answer with the new tail, not yet written to its register."""
+        tail = self.read(COMMAND_TAIL)
+        for command in commands:
+            self.ram.poke(COMMANDS + tail, command)
+            tail = (tail + 16) % self.command_size
+        return tail
+
+    def submit(self, *commands: bytes) -> None:
+        self.write(COMMAND_TAIL, self.place(*commands))
+
+    def wait(self) -> bool:
+        """COMPLETION_WAIT with a store of the next number: whether it was stored."""
+        self.sequence += 1
+        self.submit(completion_wait(SEMAPHORE, self.sequence))
+        return struct.unpack("<Q", self.ram.peek(SEMAPHORE, 8)) == (self.sequence,)
+
+    def events(self) -> list[Event]:
+        """Take the events out of the log, and clear EventLogInt."""
+        self.write(STATUS, EVENT_INT)
+        head, tail = self.read(EVENT_HEAD), self.read(EVENT_TAIL)
+        found = []
+        while head != tail:
+            found.append(parse_event(self.ram.peek(EVENTS + head, 16)))
+            head = (head + 16) % self.event_size
+        self.write(EVENT_HEAD, head)
+        return found
+
+    # Device table
+
+    def set_entry(self, device: int, entry: bytes, *, flush: bool = True) -> None:
+        self.ram.poke(DEVICE_TABLE + device * 32, entry)
+        if flush:
+            self.submit(invalidate_entry(device))
+            assert self.wait()
+
+    def translate(self, device: int = ENDPOINT, *, levels: int = 4, domain: int = 7, base: int = TABLES) -> PageTable:
+        """Give a device an empty page table."""
+        table = PageTable(self.ram, base, levels)
+        self.set_entry(device, device_entry(table.root, levels, domain))
+        return table
+
+    def endpoint_reads(self, iova: int, length: int = 8) -> bytes | Fault:
+        return self.endpoint.read(iova, length)
