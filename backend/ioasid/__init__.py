@@ -1,1 +1,28 @@
-"""The IOASID uAPI: contexts, I/O address spaces, devices and their attachments."""
+"""The IOASID uAPI: the only way in which translation state changes."""
+
+from .commands import COMMANDS, Command
+from .context import Context
+from .device import Device
+from .engine import Engine
+from .errors import IoasidError
+from .formats import FORMATS, PAGE_SIZE, FormatRule, PgtableFormat
+from .info import FormatInfo, Info
+from .kinds import Kind
+from .port import DevicePort
+
+__all__ = [
+    "COMMANDS",
+    "FORMATS",
+    "PAGE_SIZE",
+    "Command",
+    "Context",
+    "Device",
+    "DevicePort",
+    "Engine",
+    "FormatInfo",
+    "FormatRule",
+    "Info",
+    "IoasidError",
+    "Kind",
+    "PgtableFormat",
+]

@@ -1,0 +1,83 @@
+"""What GET_INFO tells of an IOASID."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from backend.core import Core, SpaceCounters
+
+from .commands import COMMANDS
+from .formats import FORMATS, FormatRule, PgtableFormat
+from .kinds import Kind
+from .spaces import Space
+
+
+@dataclass(frozen=True, slots=True)
+class FormatInfo:
+    """A format on offer: BIND_PGTABLE's for a guest-managed IOASID, ALLOC's and nesting's for a host-managed one."""
+
+    vendor: str
+    levels: tuple[int, ...]
+    address_widths: tuple[int, ...]
+    """Bits, in the order of `levels`."""
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """The answer of GET_INFO."""
+
+    ioasid: int
+    kind: Kind
+    format: PgtableFormat | None
+    """Of the table in use; None for a guest-managed IOASID without one."""
+    root: int | None
+    """GPA of the bound root table."""
+    address_width: int | None
+    """Bits of an IOVA; None where no table says."""
+    page_sizes: tuple[int, ...]
+    """Bytes, smallest first."""
+    parent: int | None
+    children: int
+    attachments: int
+    mappings: int
+    mapped: int
+    """Bytes."""
+    commands: tuple[str, ...]
+    """Those that take an IOASID and are legal on this kind."""
+    bindable: tuple[FormatInfo, ...]
+    """What BIND_PGTABLE takes: on this IOASID if it is guest-managed, else on children created beneath it."""
+    counters: SpaceCounters
+
+
+def describe(space: Space, core: Core) -> Info:
+    """The answer for one IOASID."""
+    fmt = space.format if space.kind != Kind.USER or space.bound_root is not None else None
+    rule = FORMATS[fmt.vendor] if fmt is not None else None
+    return Info(
+        ioasid=space.ioasid,
+        kind=space.kind,
+        format=fmt,
+        root=space.bound_root,
+        address_width=rule.address_width(fmt.levels) if rule is not None and fmt is not None else None,
+        page_sizes=rule.page_sizes(fmt.levels) if rule is not None and fmt is not None else (),
+        parent=space.parent.ioasid if space.parent is not None else None,
+        children=space.children,
+        attachments=space.attachments,
+        mappings=len(space.mappings),
+        mapped=space.mappings.size,
+        commands=tuple(
+            command.name for command in COMMANDS.values() if command.takes_ioasid and space.kind in command.kinds
+        ),
+        bindable=tuple(_offer(rule) for rule in FORMATS.values() if Kind.USER in rule.kinds),
+        counters=core.space_counters(space.core_id),
+    )
+
+
+def _offer(rule: FormatRule) -> FormatInfo:
+    return FormatInfo(
+        vendor=rule.vendor,
+        levels=tuple(rule.levels),
+        address_widths=tuple(rule.address_width(levels) for levels in rule.levels),
+        source=rule.source,
+    )

@@ -1,0 +1,31 @@
+"""Bounds on all that a caller of the uAPI can make grow, each with its reason."""
+
+MAX_CONTEXTS = 1024
+"""Contexts of an engine: each stands for an open of /dev/ioasid, and 1,024 is the usual limit of open files of a
+process."""
+
+MAX_IOASIDS = 1 << 17
+"""IOASIDs of a context: AMD-Vi's DomainID is 16 bits wide, so a guest has at most 65,536 domains; as many again for
+their parents and for what is allocated before what it replaces is freed."""
+
+MAX_CHILDREN = 1 << 16
+"""Children of an IOASID: one for each DomainID of a guest, which is 16 bits wide in AMD-Vi and in VT-d."""
+
+MAX_MAPPINGS = 65_535
+"""Mappings of an IOASID: the default of VFIO type1's dma_entry_limit, which bounds the kernel's memory for the same
+thing."""
+
+MAX_DEVICES = 1 << 16
+"""Devices of an engine: a RID is 16 bits wide."""
+
+MAX_ATTACHMENTS = (1 << 16) + 2
+"""Attachments of a device: its RID to a parent and to a child of it, and 16 bits of PASID (AMD-Vi's PASmax of 15)."""
+
+MAX_PASID = (1 << 20) - 1
+"""PCI Express gives a PASID 20 bits."""
+
+MAX_RID = (1 << 16) - 1
+"""PCI gives a bus number 8 bits, a device number 5 and a function number 3."""
+
+USER_END = 1 << 47
+"""Linux gives a process on x86-64 no address beyond, unless it asks for one."""

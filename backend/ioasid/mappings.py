@@ -1,0 +1,63 @@
+"""What was mapped into a host-managed IOASID, kept as it was asked for."""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from backend.core import Access
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """[iova, iova + size) stands for the host's memory at vaddr. Bytes; all three multiples of 4096."""
+
+    iova: int
+    size: int
+    vaddr: int
+    access: Access
+
+    @property
+    def end(self) -> int:
+        """First IOVA past it."""
+        return self.iova + self.size
+
+
+class Mappings:
+    """Mappings that do not overlap, in order of their IOVA. Look-ups take O(log n)."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._by_start: dict[int, Mapping] = {}
+        self.size = 0
+        """Bytes mapped in all."""
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Mapping]:
+        return (self._by_start[start] for start in self._starts)
+
+    def at(self, iova: int) -> Mapping | None:
+        """The mapping that begins at iova."""
+        return self._by_start.get(iova)
+
+    def overlapping(self, iova: int, size: int) -> Mapping | None:
+        """The first mapping that shares a byte with [iova, iova + size)."""
+        index = bisect_left(self._starts, iova)
+        for neighbour in self._starts[max(index - 1, 0) : index + 1]:
+            mapping = self._by_start[neighbour]
+            if mapping.iova < iova + size and iova < mapping.end:
+                return mapping
+        return None
+
+    def add(self, mapping: Mapping) -> None:
+        """Take one in. It must overlap none: ask `overlapping` first."""
+        self._starts.insert(bisect_left(self._starts, mapping.iova), mapping.iova)
+        self._by_start[mapping.iova] = mapping
+        self.size += mapping.size
+
+    def remove(self, mapping: Mapping) -> None:
+        """Forget one that `at` gave."""
+        del self._starts[bisect_left(self._starts, mapping.iova)]
+        del self._by_start[mapping.iova]
+        self.size -= mapping.size

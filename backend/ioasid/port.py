@@ -1,0 +1,133 @@
+"""A device's DMA port: the only way of an endpoint, or of an IOMMU function itself, to guest memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from backend.core import Access, Fault, Reason, RouteCounters, UnknownIdError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from .engine import Engine
+
+T = TypeVar("T")
+
+
+def _always() -> bool:
+    return True
+
+
+class DevicePort:
+    """DMA in the device's addresses. Every method is one call into the core for the whole transfer.
+
+    A refused access is an answer (`Fault`), never an exception. `enabled` says whether the function may master the
+    bus; while it says no, nothing moves, and as the request never leaves the device no fault listener hears of it.
+
+    A request whose (RID, PASID) has no route asks the engine's router once and is tried once more. What still faults
+    is told to the engine's fault listeners, once. IOASIDs in faults are numbers of the device's context, 0 where
+    there was no route.
+    """
+
+    def __init__(self, engine: Engine, rid: int) -> None:
+        self._engine = engine
+        self._core = engine.core
+        self.rid = rid
+        self.enabled: Callable[[], bool] = _always
+
+    def read(self, iova: int, length: int, pasid: int | None = None) -> bytes | Fault:
+        """`length` bytes from iova onward."""
+        if not self.enabled():
+            return self._off(iova, Access.READ, pasid)
+        answer = self._core.dma_read(self.rid, iova, length, pasid=pasid)
+        if isinstance(answer, Fault):
+            return self._faulted(answer, partial(self._core.dma_read, self.rid, iova, length, pasid=pasid))
+        return answer
+
+    def read_into(self, iova: int, buffer: WriteableBuffer, pasid: int | None = None) -> Fault | None:
+        """Fill a writable buffer from iova onward. None: all of it moved."""
+        if not self.enabled():
+            return self._off(iova, Access.READ, pasid)
+        answer = self._core.dma_read_into(self.rid, iova, buffer, pasid=pasid)
+        if answer is not None:
+            return self._faulted(answer, partial(self._core.dma_read_into, self.rid, iova, buffer, pasid=pasid))
+        return None
+
+    def write(self, iova: int, data: ReadableBuffer, pasid: int | None = None) -> Fault | None:
+        """Put the data at iova onward. None: all of it moved."""
+        if not self.enabled():
+            return self._off(iova, Access.WRITE, pasid)
+        answer = self._core.dma_write(self.rid, iova, data, pasid=pasid)
+        if answer is not None:
+            return self._faulted(answer, partial(self._core.dma_write, self.rid, iova, data, pasid=pasid))
+        return None
+
+    def scatter(
+        self,
+        sg: Sequence[tuple[int, int]],
+        buffer: ReadableBuffer | WriteableBuffer,
+        *,
+        write: bool,
+        pasid: int | None = None,
+    ) -> Fault | None:
+        """Move a buffer to (`write`) or from a list of (IOVA, bytes), whose lengths sum to the buffer's."""
+        if not self.enabled():
+            return self._off(sg[0][0] if sg else 0, Access.WRITE if write else Access.READ, pasid)
+        answer = self._core.dma_scatter(self.rid, sg, buffer, write=write, pasid=pasid)
+        if answer is not None:
+            return self._faulted(
+                answer, partial(self._core.dma_scatter, self.rid, sg, buffer, write=write, pasid=pasid)
+            )
+        return None
+
+    def store(self, iova: int, value: int, width: int, pasid: int | None = None) -> Fault | None:
+        """One aligned release store of 1, 2, 4 or 8 bytes: what was written before it is seen before it."""
+        if not self.enabled():
+            return self._off(iova, Access.WRITE, pasid)
+        answer = self._core.store(self.rid, iova, value, width, pasid=pasid)
+        if answer is not None:
+            return self._faulted(answer, partial(self._core.store, self.rid, iova, value, width, pasid=pasid))
+        return None
+
+    def load(self, iova: int, width: int, pasid: int | None = None) -> int | Fault:
+        """One aligned acquire load of 1, 2, 4 or 8 bytes."""
+        if not self.enabled():
+            return self._off(iova, Access.READ, pasid)
+        answer = self._core.load(self.rid, iova, width, pasid=pasid)
+        if isinstance(answer, Fault):
+            return self._faulted(answer, partial(self._core.load, self.rid, iova, width, pasid=pasid))
+        return answer
+
+    @property
+    def counters(self) -> RouteCounters:
+        """Requests, bytes and faults of the RID, over all that it was ever attached to."""
+        try:
+            return self._core.route_counters(self.rid)
+        except UnknownIdError:
+            return RouteCounters(0, 0, 0)
+
+    def _faulted(self, fault: Fault, again: Callable[[], T | Fault]) -> T | Fault:
+        """Ask for a route once where there was none, try once more, and report what is left."""
+        if fault.reason == Reason.NO_ROUTE and self._engine.find_route(self.rid, fault.pasid):
+            answer = again()
+            if not isinstance(answer, Fault):
+                return answer
+            fault = answer
+        return self._engine.report(fault)
+
+    def _off(self, iova: int, access: Access, pasid: int | None) -> Fault:
+        return Fault(
+            rid=self.rid,
+            pasid=pasid,
+            ioasid=0,
+            iova=iova,
+            access=access,
+            stage=0,
+            level=0,
+            gpa=None,
+            entry=0,
+            reason=Reason.BUS_MASTER_OFF,
+            done=0,
+        )
