@@ -49,7 +49,7 @@ class Asset:
         return cache.get(self.name, self.key(), what=self.what, need=self.need, maker=self._make)
 
     def _make(self, entry: Path, work: Path, report: Report) -> Made:
-        reasons = []
+        reasons: dict[str, list[str]] = {}
         for number, suites in enumerate(self.suites):
             tree, scratch = work / f"tree-{number}", work / f"work-{number}"
             tree.mkdir()
@@ -57,13 +57,14 @@ class Asset:
             try:
                 made = self.fetch(suites, tree, scratch, report)
             except (NotThere, Unfit) as reason:
-                reasons.append(str(reason))
+                reasons.setdefault(str(reason), []).append(" + ".join(suites))
                 continue
             entry.rmdir()
             tree.rename(entry)
             return made
-        tried = "; ".join(reasons)
-        raise CannotRun(f"{self.what} cannot be fetched. {tried}. Set VIOASID_MIRROR to a complete Debian mirror.")
+        url = debian.find_mirror().url
+        tried = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in reasons.items())
+        raise CannotRun(f"{url} has not {self.what} ({tried}). Set VIOASID_MIRROR to a complete Debian mirror.")
 
 
 def _fetch_qemu(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
@@ -82,7 +83,7 @@ def _fetch_guest(suites: Sequence[str], tree: Path, work: Path, report: Report) 
         image.rename(tree / MODULES / image.name.removeprefix("vmlinuz-") / "vmlinuz")
     images = sorted(tree.glob(f"{MODULES}*/vmlinuz"))
     if not images or not (tree / BUSYBOX).exists():
-        raise NotThere(f"{' + '.join(suites)}: {' or '.join(GUEST.packages)} holds no kernel or no busybox")
+        raise NotThere(f"{' and '.join(GUEST.packages)} hold no kernel or no busybox")
     version = kernel_image.read_version(images[0])
     return Made({"version": version}, [f"{MODULES}{version}/vmlinuz", f"{MODULES}{version}/kernel", BUSYBOX])
 

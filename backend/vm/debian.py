@@ -18,7 +18,7 @@ import subprocess
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -39,7 +39,7 @@ PHASES = {
 
 
 class NotThere(Exception):
-    """This suite of this mirror has not what was asked for; another may. The message says what is missing."""
+    """This suite of this mirror has not what was asked for; another may. The message says what was wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,45 +159,49 @@ def extract(
     """
     mirror = find_mirror()
     need_program("mmdebstrap", "mmdebstrap")
-    argv = ["setpriv", "--pdeathsig", "TERM", "mmdebstrap", "--mode=chrootless", "--variant=extract", "--format=tar"]
-    argv += [f"--include={','.join(packages)}"]
+    argv = ["mmdebstrap", "--mode=chrootless", "--variant=extract", "--format=tar", f"--include={','.join(packages)}"]
     argv += [f"--architectures={arch}"] if arch else []
     argv += [f"--aptopt={line.rstrip(';')}" for line in (*host_settings(), *FETCH_SETTINGS)]
     argv += [f'--aptopt=APT::Default-Release "{suites[-1]}"', suites[0], "-"]
     argv += [f"deb [signed-by={keyring()}] {mirror.url} {suite} main" for suite in suites]
-    with _running(argv, work) as process:
-        log: list[str] = []
-        reader = threading.Thread(target=_read_log, args=(process, log, report), daemon=True)
-        reader.start()
+    log: list[str] = []
+    with _running(argv, work, log, report) as process:
         _unpack(process, into, keep)
         status = process.wait()
-        reader.join()
     if status != 0:
         raise _explain(log, mirror, ", ".join(packages), " + ".join(suites))
 
 
+LIFELINE = 'exec 3<&0; { cat <&3; kill -KILL 0; } >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
+"""Shell: end the whole process group once the writer of stdin is gone, by whatever death, and run the command beside."""
+
+
 @contextmanager
-def _running(argv: Sequence[str], work: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in its own session, so that it ends as a whole: told so when the block is left early, and when we die."""
+def _running(argv: Sequence[str], work: Path, log: list[str], report: Report) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in its own process group, which ends as a whole when the block is left or this process dies.
+
+    `log` has the last lines of its stderr once the block was left.
+
+    mmdebstrap's own answer to signals takes up to a minute, and all it would tidy up lies in `work`.
+    """
     process = subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
+        ["sh", "-c", LIFELINE, "sh", *argv],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "TMPDIR": str(work), "LC_ALL": "C.UTF-8"},
         start_new_session=True,
     )
+    reader = threading.Thread(target=_read_log, args=(process, log, report), daemon=True)
+    reader.start()
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        for pipe in (process.stdout, process.stderr):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join()
+        for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe:
                 pipe.close()
 
@@ -282,7 +286,7 @@ def source(package: str, suite: str, folder: str, into: Path, work: Path, *, rep
     report("unpacking")
     tarballs = sorted((work / "source").glob("*.orig.tar.*"))
     if not tarballs:
-        raise NotThere(f"source {package} of {suite} has no upstream tarball")
+        raise NotThere(f"source {package} has no upstream tarball")
     unpacked = work / "unpacked"
     unpacked.mkdir()
     argv = ["tar", "-x", "-f", str(tarballs[0]), "-C", str(unpacked), "--no-same-owner", "--wildcards", f"*/{folder}/*"]
@@ -292,7 +296,7 @@ def source(package: str, suite: str, folder: str, into: Path, work: Path, *, rep
     if "No space left" in text:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if done.returncode != 0 or not found:
-        raise NotThere(f"source {package} of {suite} holds no {folder}")
+        raise NotThere(f"source {package} holds no {folder}")
     found[0].rename(into)
     return tarballs[0].name.removeprefix(f"{package}_").split(".orig.")[0]
 
@@ -300,7 +304,7 @@ def source(package: str, suite: str, folder: str, into: Path, work: Path, *, rep
 def _apt(argv: Sequence[str], work: Path) -> list[str] | None:
     """Run the private apt; None if all went well, else the lines it printed."""
     done = subprocess.run(
-        ["setpriv", "--pdeathsig", "TERM", *argv],
+        ["setpriv", "--pdeathsig", "KILL", *argv],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -365,7 +369,7 @@ def _explain(log: Sequence[str], mirror: Mirror, what: str, suites: str) -> Exce
             "Check the network and its proxy, or set VIOASID_MIRROR to a Debian mirror that this machine reaches."
         )
     if line := first(ABSENT):
-        return NotThere(f"{mirror.url} has no {what} in {suites}: {line}")
+        return NotThere(f"{what}: {line}")
     errors = [line for line in log if line.startswith("E: ")] or list(log[-3:])
     return CannotRun(
         f"Fetching {what} from {mirror.url} ({suites}) failed: {' '.join(errors) or 'it was killed'} "
