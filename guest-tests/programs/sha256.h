@@ -1,0 +1,18 @@
+/* SHA-256, FIPS 180-4. */
+#ifndef SHA256_H
+#define SHA256_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct sha256 {
+	uint32_t state[8];
+	uint64_t length; /* bytes so far */
+	uint8_t block[64];
+};
+
+void sha256_init(struct sha256 *hash);
+void sha256_update(struct sha256 *hash, const void *data, size_t length);
+void sha256_hex(struct sha256 *hash, char hex[65]); /* ends the hash; hex is terminated */
+
+#endif
