@@ -62,7 +62,7 @@ bool iotlb_fill(struct iotlb *iotlb, uint32_t tag, uint64_t iova, unsigned size_
             victim = way;
             break;
         }
-        if (!set->tag[way])
+        if (!set->tag[way] && victim == IOTLB_WAYS)
             victim = way;
     }
     if (victim == IOTLB_WAYS) {

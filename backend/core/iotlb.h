@@ -60,6 +60,16 @@ static inline struct iotlb_set *iotlb_set_of(const struct iotlb *iotlb, uint64_t
     return &iotlb->sets[hash >> iotlb->shift & iotlb->mask];
 }
 
+/* Ask for the set in which a translation of the smallest size for `iova` would lie, while there is other work to do. */
+static inline void iotlb_prefetch(const struct iotlb *iotlb, uint32_t tag, uint64_t sizes, uint64_t iova)
+{
+    unsigned lg2 = (unsigned)__builtin_ctzll(sizes);
+    const struct iotlb_set *set = iotlb_set_of(iotlb, (iova >> lg2 << lg2) | lg2, tag);
+
+    __builtin_prefetch(set->key);
+    __builtin_prefetch(set->hva);
+}
+
 static inline bool iotlb_lookup(const struct iotlb *iotlb, uint32_t tag, uint64_t sizes, uint64_t iova,
                                 struct iotlb_hit *hit)
 {
