@@ -44,12 +44,12 @@ class GuestFiles:
     root: Path | None = None
 
 
-def build_initramfs(files: GuestFiles, cache: Cache | None = None) -> Path:
-    """The archive's path in the cache, built if it is not there; the same inputs give the same bytes.
+def build_initramfs(files: GuestFiles, folder: Path) -> Path:
+    """The archive's path in the cache folder, built if it is not there; the same inputs give the same bytes.
 
     Raises CannotRun, saying what to do: no compiler, no static C library, a part missing, no space.
     """
-    cache = cache or Cache()
+    cache = Cache(folder)
     program = build_program(cache)
 
     def make(entry: Path, work: Path, report: Report) -> Made:
