@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from guest_ram import PAGE, AmdTables, Ram
 
-from backend.core import Access, Fault, Reason, Translation
+from backend.core import Access, Fault, LimitError, Reason, Translation
 from backend.ioasid import COMMANDS, Context, Engine, Info, IoasidError, Kind, PgtableFormat
 
 RW = Access.READ | Access.WRITE
@@ -382,3 +382,26 @@ def test_bounds(engine: Engine, ctx: Context, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(IoasidError, match="4 IOASIDs") as refused:
         ctx.alloc()
     assert refused.value.errno == errno.ENOSPC
+
+
+def test_core_without_room_is_an_answer(engine: Engine, ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core bounds what all contexts take together; its limit is too far to reach here, so its answer is put in."""
+    ctx.alloc()
+
+    def full(*_: object, **__: object) -> None:
+        raise LimitError
+
+    for method, call in (
+        ("map", lambda: ctx.map_dma(1, 0, HVA, PAGE)),
+        ("attach", lambda: ctx.attach(DEV1, 1)),
+        ("create_nested_space", lambda: ctx.create_nesting(1)),
+        ("create_host_space", ctx.alloc),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.core, method, full)
+            with pytest.raises(IoasidError, match="no room left") as refused:
+                call()
+        assert refused.value.errno == errno.ENOSPC
+        info = ctx.get_info(1)
+        assert (info.mappings, info.attachments, info.children) == (0, 0, 0)
+    assert ctx.alloc() == 2

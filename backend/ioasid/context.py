@@ -372,6 +372,8 @@ def _within_limits(command: Command) -> Iterator[None]:
     try:
         yield
     except LimitError as error:
-        raise command.refuse(errno.ENOSPC, f"the engine has no room ({error}): free something first") from error
+        raise command.refuse(
+            errno.ENOSPC, "the engine has no room left for tables and routes: free some first"
+        ) from error
     except (NoMemoryError, MemoryError) as error:
         raise command.refuse(errno.ENOMEM, "the host has no memory for it: free something first") from error

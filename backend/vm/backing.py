@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from dataclasses import dataclass
 
 from backend.ioasid import PAGE_SIZE, IoasidError
 
 MREMAP_MAYMOVE = 1
+MREMAP_FIXED = 2
+MAP_NORESERVE = 0x4000
+PROT_NONE = 0
+LEAVES = (1 << 30, 1 << 21)
+"""Bytes of the large leaves that page tables have: worth aligning memory to."""
 MAP_FAILED = (1 << 64) - 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 _libc.mremap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.munmap.restype = ctypes.c_int
 
@@ -75,20 +90,21 @@ class Duplicates:
     def __len__(self) -> int:
         return len(self._by_identity)
 
-    def take(self, hva: int, size: int) -> Duplicate:
+    def take(self, hva: int, size: int, gpa: int) -> Duplicate:
         """A mapping of what is mapped at [hva, hva + size), used once more. Bytes, whole pages.
 
+        A new one is placed so that stage 2 can map it at `gpa` with large leaves.
         Errors: those of `identify`; EFAULT where the kernel does not duplicate it.
         """
         identity = identify(hva, size)
         duplicate = self._by_identity.get(identity)
         if duplicate is None:
             # An old size of 0 makes mremap add a mapping of the same shared pages instead of moving one (mremap(2)).
-            copy = _libc.mremap(hva, 0, size, MREMAP_MAYMOVE)
-            if copy is None or copy == MAP_FAILED:
+            copy = _libc.mremap(hva, 0, size, MREMAP_MAYMOVE, None)
+            if copy == MAP_FAILED:
                 why = os.strerror(ctypes.get_errno())
                 raise IoasidError(errno.EFAULT, f"cannot duplicate the {size:#x} bytes mapped at HVA {hva:#x}: {why}")
-            duplicate = self._by_identity[identity] = Duplicate(identity, copy)
+            duplicate = self._by_identity[identity] = Duplicate(identity, _align(copy, size, gpa))
         duplicate.users += 1
         return duplicate
 
@@ -98,6 +114,23 @@ class Duplicates:
         if duplicate.users == 0:
             del self._by_identity[duplicate.identity]
             _libc.munmap(duplicate.hva, duplicate.identity.size)
+
+
+def _align(hva: int, size: int, gpa: int) -> int:
+    """Move a mapping of ours to an address congruent to gpa modulo the largest leaf that fits, if there is room."""
+    leaf = next((each for each in LEAVES if each <= size), PAGE_SIZE)
+    if (hva - gpa) % leaf == 0:
+        return hva
+    room = _libc.mmap(None, size + leaf, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if room == MAP_FAILED:
+        return hva
+    place: int = room + (gpa - room) % leaf
+    moved = _libc.mremap(hva, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, place)
+    if place > room:
+        _libc.munmap(room, place - room)
+    _libc.munmap(place + size, room + leaf - place)
+    # Where it did not move, the middle of the room stays: it may be another thread's by now, so not ours to unmap.
+    return hva if moved == MAP_FAILED else place
 
 
 def whole_pages(start: int, size: int) -> bool:

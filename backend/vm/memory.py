@@ -105,7 +105,7 @@ class VmMemory:
                 )
             if self.regions() >= MAX_REGIONS:
                 raise IoasidError(errno.ENOSPC, f"{where} comes on top of {MAX_REGIONS} regions of all functions")
-        duplicate = self._duplicates.take(region.hva, size) if region.hva is not None else None
+        duplicate = self._duplicates.take(region.hva, size, gpa) if region.hva is not None else None
         access = region.access
         if duplicate is not None and not duplicate.identity.writable:
             access &= ~Access.WRITE  # whatever the client says: a store to such a mapping ends the process
