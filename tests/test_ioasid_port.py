@@ -70,8 +70,9 @@ def answering(asked: list[tuple[int, int | None]], answer: bool) -> Callable[[in
 
 
 def test_requests_move_data(machine: Machine) -> None:
-    machine.ctx.attach(EP, machine.stage2)
     port = machine.ep
+    assert (port.counters.requests, port.counters.bytes) == (0, 0)
+    machine.ctx.attach(EP, machine.stage2)
     machine.ram.poke(0x5000, b"abcdefgh")
     into = bytearray(8)
     assert port.read(0x5000, 8) == b"abcdefgh"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -106,7 +107,7 @@ class DevicePort:
         try:
             return self._core.route_counters(self.rid)
         except UnknownIdError:
-            return RouteCounters(0, 0, 0)
+            return RouteCounters(*(0 for _ in fields(RouteCounters)))  # never attached: nothing moved
 
     def _faulted(self, fault: Fault, again: Callable[[], T | Fault]) -> T | Fault:
         """Ask for a route once where there was none, try once more, and report what is left."""
