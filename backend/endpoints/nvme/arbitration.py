@@ -138,9 +138,9 @@ class Arbiter:
         shadow = self.shadow if sq.qid else None
         if shadow is None:
             return sq.pending > 0
-        self._read_tail(shadow, sq)
         if sq.pending == 0:
-            self._check("event index", shadow.watch(sq))
+            if shadow.watched(sq) != sq.tail:
+                self._check("event index", shadow.watch(sq))
             self._read_tail(shadow, sq)
         return sq.pending > 0
 

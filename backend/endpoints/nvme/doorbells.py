@@ -28,6 +28,7 @@ class ShadowDoorbells:
         self._dma = dma
         self._doorbells = doorbells
         self._events = event_indices
+        self._watched: dict[int, int] = {}
 
     def adopt(self, queue: SubmissionQueue | CompletionQueue) -> Fault | None:
         """Take a queue into the pages: its doorbell as the controller knows it, its EventIdx so that news ring."""
@@ -43,9 +44,18 @@ class ShadowDoorbells:
         return self._dma.load(self._doorbells + _slot(queue), 4)
 
     def watch(self, queue: SubmissionQueue | CompletionQueue) -> Fault | None:
-        """Ask for a ring at the next change. Read the doorbell once more afterwards: it may have changed before."""
-        value = queue.tail if isinstance(queue, SubmissionQueue) else queue.head
-        return self._dma.store(self._events + _slot(queue), value, 4)
+        """Ask for a ring at the next change. Read the doorbell once more afterwards: it may have changed before.
+
+        No fence stands between the two here: each request takes and gives back the core's lock, which is one.
+        """
+        if isinstance(queue, CompletionQueue):
+            return self._dma.store(self._events + _slot(queue), queue.head, 4)
+        self._watched[queue.qid] = queue.tail
+        return self._dma.store(self._events + _slot(queue), queue.tail, 4)
+
+    def watched(self, queue: SubmissionQueue) -> int | None:
+        """The tail for which the guest was last asked to ring."""
+        return self._watched.get(queue.qid)
 
     def ignore(self, queue: CompletionQueue) -> Fault | None:
         """Ask for no ring: the controller reads the doorbell when it needs to."""

@@ -1,0 +1,589 @@
+"""Queues, doorbells and events: NVM Express 1.4, 3.1.24, 4.1, 4.6, 5.1 to 5.7, 7.13."""
+
+import asyncio
+import struct
+from collections.abc import Iterator
+
+import pytest
+from guest_ram import PAGE
+from nvme_driver import (
+    ABORT,
+    ACQ,
+    AQA,
+    ASQ,
+    ASYNC_EVENT,
+    BROADCAST,
+    CC,
+    CREATE_CQ,
+    CREATE_SQ,
+    CSTS,
+    DELETE_CQ,
+    DELETE_SQ,
+    DOORBELL_BUFFERS,
+    ENABLE,
+    FATAL,
+    FLUSH,
+    IDENTIFY,
+    READ,
+    READY,
+    SET_FEATURES,
+    WRITE,
+    Host,
+    Queue,
+)
+
+from backend.core import Access
+
+QUEUE_INVALID, BAD_ID, BAD_SIZE, EVENT_LIMIT, BAD_VECTOR, BAD_DELETION = 0x100, 0x101, 0x102, 0x105, 0x108, 0x10C
+BAD_FIELD, ID_CONFLICT, TRANSFER_ERROR, ABORTED, BAD_PRP_OFFSET = 0x02, 0x03, 0x04, 0x07, 0x13
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    host = Host()
+    host.enable()
+    yield host
+    host.close()
+
+
+# Creation and deletion
+
+
+@pytest.mark.parametrize(
+    ("cdw10", "cdw11", "offset", "status"),
+    [
+        (31 << 16 | 0, 1, 0, BAD_ID),
+        (31 << 16 | 17, 1, 0, BAD_ID),  # 16 were granted
+        (31 << 16 | 0xFFFF, 1, 0, BAD_ID),
+        (0 << 16 | 1, 1, 0, BAD_SIZE),  # one entry
+        (1024 << 16 | 1, 1, 0, BAD_SIZE),  # MQES + 1
+        (0xFFFF << 16 | 1, 1, 0, BAD_SIZE),
+        (31 << 16 | 1, 0, 0, BAD_FIELD),  # not contiguous, against CAP.CQR
+        (31 << 16 | 1, 17 << 16 | 3, 0, BAD_VECTOR),
+        (31 << 16 | 1, 0xFFFF << 16 | 3, 0, BAD_VECTOR),
+        (31 << 16 | 1, 1, 64, BAD_PRP_OFFSET),
+    ],
+)
+def test_create_completion_queue_refuses(host: Host, cdw10: int, cdw11: int, offset: int, status: int) -> None:
+    done = host.submit_admin(CREATE_CQ, prp1=host.allocate() + offset, cdw10=cdw10, cdw11=cdw11)
+    assert (done.status, done.do_not_retry) == (status, True)
+    host.create_queue(1, 32, vector=16)
+
+
+@pytest.mark.parametrize(
+    ("cdw10", "cdw11", "offset", "status"),
+    [
+        (31 << 16 | 0, 1 << 16 | 1, 0, BAD_ID),
+        (31 << 16 | 17, 1 << 16 | 1, 0, BAD_ID),
+        (0 << 16 | 2, 1 << 16 | 1, 0, BAD_SIZE),
+        (1024 << 16 | 2, 1 << 16 | 1, 0, BAD_SIZE),
+        (31 << 16 | 2, 1 << 16 | 0, 0, BAD_FIELD),
+        (31 << 16 | 2, 0 << 16 | 1, 0, QUEUE_INVALID),  # the admin completion queue
+        (31 << 16 | 2, 3 << 16 | 1, 0, QUEUE_INVALID),  # does not exist
+        (31 << 16 | 2, 1 << 16 | 1, 8, BAD_PRP_OFFSET),
+        (31 << 16 | 1, 1 << 16 | 1, 0, BAD_ID),  # exists
+    ],
+)
+def test_create_submission_queue_refuses(host: Host, cdw10: int, cdw11: int, offset: int, status: int) -> None:
+    host.create_queue(1, 32)
+    done = host.submit_admin(CREATE_SQ, prp1=host.allocate() + offset, cdw10=cdw10, cdw11=cdw11)
+    assert (done.status, done.do_not_retry) == (status, True)
+
+
+def test_queues_need_their_entry_sizes_set(host: Host) -> None:
+    host.put(CC, 0)
+    host.put(CC, 1)  # IOSQES and IOCQES still zero
+    host.admin = Queue(host, 0, 32, sq=host.admin.sq, cq=host.admin.cq)
+    done = host.submit_admin(CREATE_CQ, prp1=host.allocate(), cdw10=31 << 16 | 1, cdw11=1)
+    assert done.status == BAD_SIZE
+    host.put(CC, ENABLE)
+    host.create_queue(1, 32)
+
+
+def test_deletion_in_order(host: Host) -> None:
+    first = host.create_queue(1, 8)
+    done = host.submit_admin(CREATE_SQ, prp1=host.allocate(), cdw10=7 << 16 | 5, cdw11=1 << 16 | 1)
+    assert done.status == 0  # two submission queues complete on one completion queue
+    assert host.submit_admin(DELETE_CQ, cdw10=1).status == BAD_DELETION
+    assert host.submit_admin(DELETE_SQ, cdw10=1).status == 0
+    assert host.submit_admin(DELETE_SQ, cdw10=1).status == BAD_ID
+    assert host.submit_admin(DELETE_CQ, cdw10=1).status == BAD_DELETION
+    assert host.submit_admin(DELETE_SQ, cdw10=5).status == 0
+    assert host.submit_admin(DELETE_CQ, cdw10=1).status == 0
+    for opcode in (DELETE_CQ, DELETE_SQ):
+        for qid in (0, 1, 16, 17, 0xFFFF):
+            assert host.submit_admin(opcode, cdw10=qid).status == BAD_ID
+    first.push(host.entry(FLUSH, nsid=1))
+    first.ring()
+    assert first.pop() is None
+    host.create_queue(1, 8)
+
+
+def test_what_was_not_fetched_goes_with_its_queue(host: Host) -> None:
+    """A full completion queue holds commands back; deleting and making the queue again starts from nothing."""
+    queue = host.create_queue(1, 4)
+    for _ in range(3):
+        queue.push(host.entry(FLUSH, nsid=1))
+    queue.ring()
+    for _ in range(3):
+        queue.push(host.entry(FLUSH, nsid=1))
+        queue.ring()
+    assert host.submit_admin(DELETE_SQ, cdw10=1).status == 0
+    assert host.submit_admin(DELETE_CQ, cdw10=1).status == 0
+    queue = host.create_queue(1, 4)
+    assert host.submit_io(queue, FLUSH, 0, 1).sq_head == 1
+
+
+def test_every_queue_with_its_vector(host: Host) -> None:
+    queues = [host.create_queue(qid, 8, vector=qid) for qid in range(1, 17)]
+    host.interrupts.clear()
+    for queue in queues:
+        assert host.submit_io(queue, FLUSH, 0, 1).sq_id == queue.qid
+    assert host.interrupts == list(range(1, 17))
+
+
+# Wrap, phase, interrupts
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("shadow", [False, True])
+def test_wrap_and_phase(host: Host, size: int, shadow: bool) -> None:
+    if shadow:
+        host.set_shadow()
+    queue = host.create_queue(1, size)
+    for turn in range(5 * size + 1):
+        done = host.submit_io(queue, FLUSH, 0, 1)
+        assert (done.status, done.sq_head) == (0, (turn + 1) % size)
+
+
+def test_one_interrupt_for_a_batch(host: Host) -> None:
+    queue = host.create_queue(1, 32, vector=3)
+    quiet = host.create_queue(2, 32)
+    for _ in range(20):
+        queue.push(host.entry(FLUSH, nsid=1))
+        quiet.push(host.entry(FLUSH, nsid=1))
+    host.interrupts.clear()
+    bar = host.controller.bar_write
+    bar(0, 0x1000 + 8, 4, 5)  # several doorbells are at hand before the transport has drained
+    bar(0, 0x1000 + 16, 4, 20)
+    bar(0, 0x1000 + 8, 4, 20)
+    assert host.interrupts == []
+    assert queue.pop() is None
+    host.controller.drained()
+    assert host.interrupts == [3]
+    assert len(queue.pop_all()) == len(quiet.pop_all()) == 20
+    host.controller.drained()
+    assert host.interrupts == [3]
+
+
+def test_two_submission_queues_share_a_completion_queue(host: Host) -> None:
+    queue = host.create_queue(1, 8)
+    second = Queue(host, 2, 8, cq=queue.cq)
+    assert host.submit_admin(CREATE_SQ, prp1=second.sq, cdw10=7 << 16 | 2, cdw11=1 << 16 | 1).status == 0
+    for each in (queue, second):
+        for _ in range(5):
+            each.push(host.entry(FLUSH, nsid=1))
+    queue.ring()
+    second.ring()  # ten commands, seven entries
+    found = [completion.sq_id for completion in queue.pop_all()]
+    assert len(found) == 7
+    found += [completion.sq_id for completion in queue.pop_all()]
+    assert sorted(found) == [1] * 5 + [2] * 5
+    assert host.get(CSTS) == READY
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_a_full_completion_queue_holds_back(host: Host, shadow: bool) -> None:
+    if shadow:
+        host.set_shadow()
+    completions = Queue(host, 1, 4)
+    assert host.submit_admin(CREATE_CQ, prp1=completions.cq, cdw10=3 << 16 | 1, cdw11=1).status == 0
+    queue = Queue(host, 1, 32, cq=completions.cq)
+    assert host.submit_admin(CREATE_SQ, prp1=queue.sq, cdw10=31 << 16 | 1, cdw11=1 << 16 | 1).status == 0
+    cids = []
+    for _ in range(20):
+        entry = host.entry(FLUSH, nsid=1)
+        cids.append(struct.unpack_from("<H", entry, 2)[0])
+        queue.push(entry)
+    queue.ring()
+    seen = []
+    for _ in range(20):
+        batch = []
+        while (done := completions.pop(release=False)) is not None:
+            batch.append(done.cid)
+        assert 0 < len(batch) <= 3
+        seen += batch
+        completions.release()
+        if len(seen) == 20:
+            break
+    assert seen == cids
+    assert completions.pop() is None
+
+
+# Shadow doorbells
+
+
+def test_shadow_doorbells_are_for_whole_pages(host: Host) -> None:
+    page = host.allocate()
+    assert host.submit_admin(DOORBELL_BUFFERS, prp1=page + 8, prp2=page).status == BAD_FIELD
+    assert host.submit_admin(DOORBELL_BUFFERS, prp1=page, prp2=page + 2048).status == BAD_FIELD
+    lost = host.allocate()
+    host.unmap(lost)
+    host.create_queue(1, 8)
+    assert host.submit_admin(DOORBELL_BUFFERS, prp1=lost, prp2=page).status == TRANSFER_ERROR
+    assert host.submit_admin(DOORBELL_BUFFERS, prp1=page, prp2=lost).status == TRANSFER_ERROR
+    assert host.get(CSTS) == READY
+
+
+def test_shadow_doorbells_take_over_a_queue_in_use(host: Host) -> None:
+    queue = host.create_queue(1, 8)
+    for _ in range(3):
+        host.submit_io(queue, FLUSH, 0, 1)
+    host.set_shadow()
+    for turn in range(20):
+        assert host.submit_io(queue, FLUSH, 0, 1).sq_head == (turn + 4) % 8
+
+
+def test_shadow_doorbells_save_completion_rings(host: Host) -> None:
+    host.set_shadow()
+    queue = host.create_queue(1, 16, vector=1)
+    for _ in range(200):
+        for _ in range(3):
+            queue.push(host.entry(FLUSH, nsid=1))
+        queue.ring()
+        assert len(queue.pop_all()) == 3
+    assert queue.rings == 200  # each batch finds the controller asleep
+    assert queue.completion_rings == 0
+
+
+def test_shadow_tail_that_moves_while_the_controller_looks_away(host: Host) -> None:
+    """The guest adds entries after the doorbell was rung and before EventIdx was written: no ring comes for those."""
+    host.set_shadow()
+    queue = host.create_queue(1, 16)
+    shadow = host.shadow
+    assert shadow is not None
+    for _ in range(2):
+        queue.push(host.entry(FLUSH, nsid=1))
+    # Like a second CPU: it stores its tail just when the controller has fetched what it knew of.
+    fetched = host.port.read
+    late: list[bytes] = []
+
+    def read(iova: int, length: int, pasid: int | None = None) -> object:
+        answer = fetched(iova, length, pasid)
+        if iova == queue.sq and not late:
+            for _ in range(3):
+                entry = host.entry(FLUSH, nsid=1)
+                late.append(entry)
+                queue.push(entry)
+            host.poke(shadow[0] + 8, struct.pack("<I", queue.tail))
+        return answer
+
+    host.port.read = read  # type: ignore[method-assign, assignment]
+    queue.ring()
+    assert len(queue.pop_all()) == 5
+
+
+@pytest.mark.parametrize("value", [8, 0xFFFF, 0x1_0001, BROADCAST])
+def test_shadow_values_out_of_range(host: Host, value: int) -> None:
+    host.set_shadow()
+    queue = host.create_queue(1, 8)
+    assert host.shadow is not None
+    host.poke(host.shadow[0] + 8, struct.pack("<I", value))
+    host.doorbell(2, value & 0xFFFF)
+    assert queue.pop() is None
+    assert host.get(CSTS) == READY
+    host.poke(host.shadow[0] + 8, bytes(4))
+    assert host.submit_io(queue, FLUSH, 0, 1).status == 0
+    assert struct.unpack_from("<QHH", host.log(0x01, 64), 0)[1:] == (1, 0xFFFF)
+
+
+def test_shadow_page_taken_away_is_fatal(host: Host) -> None:
+    host.set_shadow()
+    queue = host.create_queue(1, 8)
+    assert host.shadow is not None
+    host.unmap(host.shadow[0])
+    queue.push(host.entry(FLUSH, nsid=1))
+    host.doorbell(2, 1)
+    assert host.get(CSTS) == READY | FATAL
+
+
+# Hostile doorbells
+
+
+def error_of(host: Host) -> tuple[int, int]:
+    """SQ id and command id of the newest error."""
+    sqid, cid = struct.unpack_from("<QHH", host.log(0x01, 64, retain=True), 0)[1:]
+    return sqid, cid
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "information", "sqid"),
+    [
+        (2 * 1, 8, 1, 1),  # tail beyond the queue
+        (2 * 1, 0xFFFF, 1, 1),
+        (2 * 1, 0, 1, 1),  # the same as before
+        (2 * 1 + 1, 8, 1, 1),  # head beyond the queue
+        (2 * 1 + 1, 1, 1, 1),  # releases what was never posted
+        (2 * 1 + 1, 0, 1, 1),
+        (2 * 2, 1, 0, 2),  # no such queue
+        (2 * 2 + 1, 1, 0, 2),
+        (2 * 300, 1, 0, 300),
+        (1, 31, 1, 0),  # admin head beyond its tail
+    ],
+)
+def test_bad_doorbells_become_an_event(host: Host, index: int, value: int, information: int, sqid: int) -> None:
+    queue = host.create_queue(1, 8)
+    event = host.entry(ASYNC_EVENT)
+    host.admin.push(event)
+    host.admin.ring()
+    assert host.admin.pop() is None
+    host.doorbell(index, value)
+    done = host.admin.pop()
+    assert done is not None
+    assert (done.cid, done.status) == (struct.unpack_from("<H", event, 2)[0], 0)
+    assert done.result == information << 8 | 1 << 16  # error status; error information log page
+    assert error_of(host) == (sqid, 0xFFFF)
+    assert host.submit_io(queue, FLUSH, 0, 1).status == 0
+
+
+def test_a_tail_that_would_overrun_the_queue(host: Host) -> None:
+    """With 6 of 7 places pending, moving the tail by more than one would overwrite what was not fetched."""
+    completions = Queue(host, 1, 2)
+    assert host.submit_admin(CREATE_CQ, prp1=completions.cq, cdw10=1 << 16 | 1, cdw11=1).status == 0
+    queue = Queue(host, 1, 8, cq=completions.cq)
+    assert host.submit_admin(CREATE_SQ, prp1=queue.sq, cdw10=7 << 16 | 1, cdw11=1 << 16 | 1).status == 0
+    for _ in range(7):
+        queue.push(host.entry(FLUSH, nsid=1))
+    queue.ring()  # one is fetched, for there is one place for its completion
+    host.doorbell(2, 1)  # tail 7 -> 1 adds two where one place is free
+    assert error_of(host) == (1, 0xFFFF)
+    count = 0
+    while completions.pop() is not None:
+        count += 1
+    assert count == 7
+
+
+# Events and abort
+
+
+def event_requests(host: Host, count: int) -> list[int]:
+    cids = []
+    for _ in range(count):
+        entry = host.entry(ASYNC_EVENT)
+        cids.append(struct.unpack_from("<H", entry, 2)[0])
+        host.admin.push(entry)
+    host.admin.ring()
+    return cids
+
+
+def test_more_event_requests_than_the_limit(host: Host) -> None:
+    cids = event_requests(host, 5)  # AERL 3 means 4
+    done = host.admin.pop()
+    assert done is not None
+    assert (done.cid, done.status) == (cids[4], EVENT_LIMIT)
+    assert host.admin.pop() is None
+
+
+def test_event_request_id_used_twice(host: Host) -> None:
+    entry = host.entry(ASYNC_EVENT)
+    host.admin.push(entry)
+    host.admin.push(entry)
+    host.admin.ring()
+    done = host.admin.pop()
+    assert done is not None
+    assert done.status == ID_CONFLICT
+
+
+def test_an_event_is_masked_until_its_log_is_read(host: Host) -> None:
+    event_requests(host, 4)
+    host.doorbell(40, 1)
+    first = host.admin.pop()
+    assert first is not None
+    assert first.result == 1 << 16
+    for _ in range(100):
+        host.doorbell(40, 1)
+        host.doorbell(1, 31)
+    assert host.admin.pop() is None
+    host.log(0x01, 64, retain=True)
+    assert host.admin.pop() is None
+    buffer = host.allocate()
+    host.admin.push(host.entry(0x02, nsid=BROADCAST, prp1=buffer, cdw10=0x01 | 15 << 16))
+    host.admin.ring()
+    kinds = [completion.result for completion in host.admin.pop_all()]
+    assert kinds == [0, 1 << 16]  # the log page, then one event; the type is masked again
+
+
+def test_temperature_threshold_raises_an_event(host: Host) -> None:
+    event_requests(host, 1)
+    assert host.submit_admin(SET_FEATURES, cdw10=0x0B, cdw11=0x02).status == 0
+    host.admin.push(host.entry(SET_FEATURES, cdw10=0x04, cdw11=280))  # over 280 K is too hot
+    host.admin.ring()
+    done = host.admin.pop_all()
+    assert [completion.result for completion in done] == [0, 1 | 1 << 8 | 2 << 16]
+    assert host.log(0x02, 512)[0] == 1 << 1
+
+
+def test_abort_of_an_event_request(host: Host) -> None:
+    cids = event_requests(host, 4)
+    host.admin.push(host.entry(ABORT, cdw10=cids[2] << 16))
+    host.admin.ring()
+    aborted, abort = host.admin.pop_all()
+    assert (aborted.cid, aborted.status) == (cids[2], ABORTED)
+    assert (abort.status, abort.result) == (0, 0)
+    assert len(event_requests(host, 1)) == 1
+    assert host.admin.pop() is None  # its place is free again
+
+
+def test_abort_of_what_is_not_there(host: Host) -> None:
+    host.create_queue(1, 8)
+    for sqid, cid in ((0, 77), (1, 1), (1, 0xFFFF)):
+        done = host.submit_admin(ABORT, cdw10=cid << 16 | sqid)
+        assert (done.status, done.result) == (0, 1)
+    assert host.submit_admin(ABORT, cdw10=9).status == BAD_FIELD
+
+
+def test_events_wait_for_room_in_the_admin_queue() -> None:
+    host = Host()
+    host.enable(entries=4)
+    event_requests(host, 3)
+    event_requests(host, 1)
+    for _ in range(3):
+        host.admin.push(host.entry(ABORT, cdw10=77 << 16))
+    host.admin.ring()  # three completions: full
+    host.doorbell(40, 1)  # an event, which has to wait
+    found = host.admin.pop_all()
+    assert [completion.result for completion in found] == [1, 1, 1]
+    done = host.admin.pop()
+    assert done is not None
+    assert done.result == 1 << 16
+    host.close()
+
+
+# Queue memory that goes away
+
+
+def test_submission_queue_taken_away_is_fatal(host: Host) -> None:
+    queue = host.create_queue(1, 8)
+    host.unmap(queue.sq)
+    queue.push(host.entry(FLUSH, nsid=1))
+    queue.ring()
+    assert host.get(CSTS) == READY | FATAL
+    assert f"{queue.sq:#x}" in host.controller.last_failure
+    host.admin.push(host.entry(IDENTIFY, prp1=host.allocate(), cdw10=1))
+    host.admin.ring()
+    assert host.admin.pop() is None
+    host.map(queue.sq)
+    host.put(CC, 0)
+    assert host.get(CSTS) == 0
+    host.enable()
+    host.identify(1)
+
+
+@pytest.mark.parametrize("access", [Access(0), Access.READ])
+def test_completion_queue_that_cannot_be_written_is_fatal(host: Host, access: Access) -> None:
+    queue = host.create_queue(1, 8)
+    host.unmap(queue.cq)
+    if access:
+        host.map(queue.cq, access)
+    queue.push(host.entry(FLUSH, nsid=1))
+    queue.ring()
+    assert host.get(CSTS) == READY | FATAL
+    assert host.controller.failed
+
+
+def test_queues_in_odd_places(host: Host) -> None:
+    """An admin queue at the end of the address space, a queue upon itself: nothing but fatal status or garbage in."""
+    host.put(CC, 0)
+    for base in (0xFFFF_FFFF_FFFF_F000, 0, 1 << 63):
+        host.put(AQA, 0x0FFF_0FFF)
+        host.put(ASQ, base, 8)
+        host.put(ACQ, base, 8)
+        host.put(CC, ENABLE)
+        host.doorbell(0, 100)
+        assert host.get(CSTS) == READY | FATAL
+        host.put(CC, 0)
+    both = host.allocate(4)
+    host.put(AQA, 31 << 16 | 31)
+    host.put(ASQ, both, 8)
+    host.put(ACQ, both, 8)
+    host.put(CC, ENABLE)
+    host.doorbell(0, 20)
+    assert host.get(CSTS) == READY
+    host.put(CC, 0)
+    host.enable()
+    host.identify(1)
+
+
+def test_failures_are_reported_a_bounded_number_of_times(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(50):
+        host.put(CC, 0)
+        host.put(ASQ, 0, 8)
+        host.put(CC, ENABLE)
+        host.doorbell(0, 1)
+        assert host.get(CSTS) == READY | FATAL
+    assert host.controller.counters.failures == 50
+    assert len(caplog.records) == 16
+
+
+# Shares of the loop
+
+
+def test_queues_take_turns(host: Host) -> None:
+    """Burst 2^0: one command a turn, so the completion order shows the turns."""
+    assert host.submit_admin(SET_FEATURES, cdw10=0x01, cdw11=0).status == 0
+    queue = host.create_queue(1, 8)
+    second = Queue(host, 2, 8, cq=queue.cq)
+    assert host.submit_admin(CREATE_SQ, prp1=second.sq, cdw10=7 << 16 | 2, cdw11=1 << 16 | 1).status == 0
+    for each in (queue, second):
+        for _ in range(3):
+            each.push(host.entry(FLUSH, nsid=1))
+    host.controller.bar_write(0, 0x1000 + 8, 4, 3)
+    host.controller.bar_write(0, 0x1000 + 16, 4, 3)
+    host.controller.drained()
+    assert [completion.sq_id for completion in queue.pop_all()] == [1, 2, 1, 2, 1, 2]
+
+
+async def test_a_long_batch_leaves_the_loop_to_others(host: Host) -> None:
+    queues = [host.create_queue(qid, 1024, vector=qid) for qid in (1, 2)]
+    buffer = host.allocate()
+    for queue in queues:
+        for _ in range(1000):
+            queue.push(host.entry(READ, nsid=1, prp1=buffer, cdw12=7))
+        host.controller.bar_write(0, 0x1000 + 8 * queue.qid, 4, queue.tail)
+    host.controller.drained()
+    turns = 0
+    done = [len(queue.pop_all()) for queue in queues]
+    assert min(done) > 0 and sum(done) < 1000  # both were served, and neither to its end
+    while sum(done) < 2000:
+        await asyncio.sleep(0)
+        turns += 1
+        assert turns < 1000
+        done = [count + len(queue.pop_all()) for count, queue in zip(done, queues, strict=True)]
+    assert turns >= 2
+    assert done == [1000, 1000]
+
+
+async def test_a_reset_ends_what_was_put_off(host: Host) -> None:
+    queue = host.create_queue(1, 1024)
+    for _ in range(1000):
+        queue.push(host.entry(FLUSH, nsid=1))
+    queue.ring()
+    host.put(CC, 0)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert sum(host.controller.counters.io.values()) < 1000
+    host.enable()
+    host.identify(1)
+
+
+def test_large_transfers_count_for_more(host: Host) -> None:
+    queue = host.create_queue(1, 8)
+    pages = host.allocate(1)
+    entries = host.allocate(1)
+    host.poke(entries, struct.pack("<256Q", *[pages] * 256))
+    before = host.controller.transfers.effort
+    done = host.submit_io(queue, READ, 0, 2048, prp1=pages, prp2=entries)
+    assert done.status == 0
+    assert host.controller.transfers.effort - before >= 16  # 1 MiB in units of 64 KiB
+    assert host.submit_io(queue, WRITE, 0, 1, prp1=pages).status == 0
+    assert PAGE == 4096
