@@ -18,7 +18,7 @@ from backend.vm.errors import CannotRun
 from backend.vm.kernel_image import Kernel
 from backend.vm.libvfio_user import LibvfioUser
 from backend.vm.progress import Report
-from backend.vm.qemu_binary import Qemu, Unfit
+from backend.vm.qemu_binary import DoesNotRun, Qemu, Unfit
 
 MODULES = "usr/lib/modules/"
 BUSYBOX = "usr/bin/busybox"
@@ -70,7 +70,12 @@ class Asset:
 def _fetch_qemu(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
     debian.extract(QEMU.packages, suites, tree, work, keep=qemu_binary.wanted, report=report)
     report("trying it")
-    return Made({"version": qemu_binary.check(qemu_binary.unpacked_argv(tree))}, [f"usr/bin/{qemu_binary.PROGRAM}"])
+    try:
+        version = qemu_binary.check(qemu_binary.unpacked_argv(tree))
+    except DoesNotRun as error:  # no fault of the suite
+        advice = "Set VIOASID_CACHE to a folder on a file system that is not mounted noexec."
+        raise CannotRun(f"QEMU was fetched but does not run: {error}. {advice}") from error
+    return Made({"version": version}, [f"usr/bin/{qemu_binary.PROGRAM}"])
 
 
 def _fetch_guest(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
@@ -99,13 +104,13 @@ def _fetch_libvfio_user(suites: Sequence[str], tree: Path, work: Path, report: R
 # Backports of Debian 13 come first: the oldest suite with a QEMU that fits.
 BACKPORTS = ("trixie", "trixie-backports")
 
-QEMU = Asset("qemu", "QEMU", 420 * MIB, ("qemu-system-x86",), (BACKPORTS, ("forky",), ("sid",)), _fetch_qemu)
+QEMU = Asset("qemu", "QEMU", 430 * MIB, ("qemu-system-x86",), (BACKPORTS, ("forky",), ("sid",)), _fetch_qemu)
 GUEST = Asset(
-    "guest", "a kernel and busybox", 480 * MIB, ("linux-image-amd64", "busybox-static"),
+    "guest", "a kernel and busybox", 580 * MIB, ("linux-image-amd64", "busybox-static"),
     (BACKPORTS, ("trixie",), ("forky",), ("sid",)), _fetch_guest,
 )  # fmt: skip
 LIBVFIO_USER = Asset(
-    "libvfio-user", "libvfio-user", 160 * MIB, ("qemu",),
+    "libvfio-user", "libvfio-user", 130 * MIB, ("qemu",),
     # the suites whose QEMU source carries the library come first; a mirror may lack the source files of one
     (("trixie",), ("bookworm",), ("trixie-backports",), ("forky",), ("sid",)), _fetch_libvfio_user,
 )  # fmt: skip

@@ -34,6 +34,9 @@ UNUSED_DAYS = 60
 
 MIB = 1 << 20
 
+MAKE_SPACE = "Free some space, or set VIOASID_CACHE to a folder on a larger disk."
+MAKE_WRITABLE = "Make it writable, or set VIOASID_CACHE to a folder that is."
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -99,7 +102,7 @@ class Cache:
                     return entry
                 for stale in self.root.glob(f".making-{name}-*"):
                     shutil.rmtree(stale, ignore_errors=True)
-                self._check_space(need)
+                self._check_space(what, need)
                 return self._make(name, key, what, maker)
         except OSError as error:
             raise self._explain(error, what, need) from error
@@ -152,28 +155,24 @@ class Cache:
             if old != keep and unused > UNUSED_DAYS * 86400:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _check_space(self, need: int) -> None:
-        stat = os.statvfs(self.root)
-        if stat.f_bavail * stat.f_frsize < need:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def _check_space(self, what: str, need: int) -> None:
+        free = self.free_bytes()
+        if free < need:
+            space = f"{self.root} has {free // MIB} MiB free and {need // MIB} MiB are needed"
+            raise CannotRun(f"No space to fetch {what}: {space}. {MAKE_SPACE}")
+
+    def free_bytes(self) -> int:
+        """Free bytes for this user where the cache folder is, or would be made."""
+        place = self.root
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        stat = os.statvfs(place)
+        return stat.f_bavail * stat.f_frsize
 
     def _explain(self, error: OSError, what: str, need: int) -> CannotRun:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return no_space(self.root, what, need)
-        return CannotRun(
-            f"The cache folder {self.root} cannot be used: {error.strerror or error}. "
-            "Make it writable, or set VIOASID_CACHE to a folder that is."
-        )
-
-
-def no_space(root: Path, what: str, need: int) -> CannotRun:
-    """The error for a full disk, with the free and the needed space in MiB."""
-    try:
-        stat = os.statvfs(root)
-        free = f"{stat.f_bavail * stat.f_frsize // MIB} MiB"
-    except OSError:
-        free = "too little"
-    return CannotRun(
-        f"No space to fetch {what}: {root} has {free} free and {-(-need // MIB)} MiB are needed. "
-        "Free some, or set VIOASID_CACHE to a folder on a larger disk."
-    )
+            space = f"{self.root} is full, about {need // MIB} MiB are needed"
+            return CannotRun(f"No space to fetch {what}: {space}. {MAKE_SPACE}")
+        no_folder = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "it is no folder" if no_folder else error.strerror or error
+        return CannotRun(f"The cache folder {self.root} cannot be used: {reason}. {MAKE_WRITABLE}")

@@ -159,7 +159,8 @@ def extract(
     """
     mirror = find_mirror()
     need_program("mmdebstrap", "mmdebstrap")
-    argv = ["mmdebstrap", "--mode=chrootless", "--variant=extract", "--format=tar", f"--include={','.join(packages)}"]
+    argv = ["mmdebstrap", "--mode=chrootless", "--variant=extract", "--format=tar"]
+    argv += [f"--include={','.join(packages)}"]
     argv += [f"--architectures={arch}"] if arch else []
     argv += [f"--aptopt={line.rstrip(';')}" for line in (*host_settings(), *FETCH_SETTINGS)]
     argv += [f'--aptopt=APT::Default-Release "{suites[-1]}"', suites[0], "-"]
@@ -293,7 +294,7 @@ def source(package: str, suite: str, folder: str, into: Path, work: Path, *, rep
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     text = done.stderr.decode(errors="replace")
     found = list(unpacked.glob(f"*/{folder}"))
-    if "No space left" in text:
+    if FULL.search(text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if done.returncode != 0 or not found:
         raise NotThere(f"source {package} holds no {folder}")
@@ -334,6 +335,7 @@ def keyring() -> Path:
     return KEYRING
 
 
+FULL = re.compile(r"No space left on device|Disk quota exceeded|enough free space")
 UNREACHABLE = re.compile(
     r"could not (resolve|connect)|temporary failure|connection (refused|timed out|failed|reset)|unable to connect|"
     r"network is unreachable|no route to host|cannot initiate|not find the server|certificate|handshake|"
@@ -352,7 +354,7 @@ ABSENT = re.compile(
 
 def _explain(log: Sequence[str], mirror: Mirror, what: str, suites: str) -> Exception:
     """The error for a failed fetch, from what apt and mmdebstrap printed."""
-    if any("No space left on device" in line or "Disk quota exceeded" in line for line in log):
+    if any(FULL.search(line) for line in log):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def first(pattern: re.Pattern[str]) -> str | None:

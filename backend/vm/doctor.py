@@ -16,7 +16,7 @@ from pathlib import Path
 
 from backend.vm import assets, debian, kernel_image, kvm, libvfio_user, qemu_binary
 from backend.vm.assets import Asset
-from backend.vm.cache import MIB, Cache
+from backend.vm.cache import MAKE_SPACE, MAKE_WRITABLE, MIB, Cache
 from backend.vm.errors import CannotRun
 from backend.vm.kernel_image import Kernel
 from backend.vm.qemu_binary import Qemu, Unfit
@@ -113,16 +113,14 @@ def _cache(cache: Cache) -> Part:
     place = cache.root
     while not place.exists() and place != place.parent:
         place = place.parent
+    absent = _to_fetch(cache)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        advice = "Make it writable, or set VIOASID_CACHE to a folder that is."
-        absent = _to_fetch(cache)
-        return Part("cache", Status.FAIL if absent else Status.WARN, f"{cache.root} cannot be written", advice)
-    stat = os.statvfs(place)
-    free = stat.f_bavail * stat.f_frsize
-    need = max((asset.need for asset in _to_fetch(cache)), default=0)
+        return Part("cache", Status.FAIL if absent else Status.WARN, f"{cache.root} cannot be written", MAKE_WRITABLE)
+    free = cache.free_bytes()
+    need = max((asset.need for asset in absent), default=0)
     if free < need:
-        advice = "Free some space, or set VIOASID_CACHE to a folder on a larger disk."
-        return Part("cache", Status.FAIL, f"{cache.root}: {free // MIB} MiB free, {need // MIB} MiB needed", advice)
+        detail = f"{cache.root} has {free // MIB} MiB free, {need // MIB} MiB are needed"
+        return Part("cache", Status.FAIL, detail, MAKE_SPACE)
     return _passed("cache", f"{cache.root}, {free // MIB} MiB free")
 
 

@@ -30,6 +30,10 @@ class Unfit(Exception):
     """This QEMU cannot be used; the message says why."""
 
 
+class DoesNotRun(Unfit):
+    """The program cannot even be started here."""
+
+
 def check(argv: Sequence[str]) -> str:
     """The version of the QEMU started by `argv`. Raises Unfit when it does not run or cannot be a vfio-user client."""
     text = _ask([*argv, "--version"])
@@ -80,7 +84,7 @@ def _ask(argv: Sequence[str]) -> str:
             argv, stdin=subprocess.DEVNULL, capture_output=True, errors="replace", check=False, timeout=ANSWER_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unfit(f"{argv[0]} does not run: {error}") from error
+        raise DoesNotRun(f"{argv[0]} does not run: {error}") from error
     if done.returncode != 0:
-        raise Unfit(f"{argv[0]} does not run: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        raise DoesNotRun(f"{argv[0]} does not run: {done.stderr.strip() or f'exit status {done.returncode}'}")
     return done.stdout
