@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class DmaExample:
-    """One DMA as it went: the address at each stage, and whose table of what form stands between. `hva` is None if unknown."""
+    """One DMA as it went: the address at each stage, and whose table stands between. `hva`: None if unknown."""
 
     device: str
     access: str  # "read" or "write", of guest memory

@@ -65,6 +65,7 @@ int bulk_main(int argc, char **argv)
 	if (ioctl(fd, BLKFLSBUF, 0) && errno != ENOTTY && errno != EACCES)
 		give_up("BLKFLSBUF");
 	memset(buffers, 0, DEPTH * CHUNK);
+	sha256_choose(0);
 	sha256_init(&hash);
 	start = seconds();
 	uint64_t asked = 0;

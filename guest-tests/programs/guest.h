@@ -46,5 +46,6 @@ int files_compare_main(int argc, char **argv);
 int log_mark_main(int argc, char **argv);
 int log_wait_main(int argc, char **argv);
 int sha256_main(int argc, char **argv);
+int sha256_plain_main(int argc, char **argv);
 
 #endif
