@@ -122,3 +122,9 @@ class RouteCounters:
     requests: int
     bytes: int
     faults: int
+    nested: int
+    """Requests that led to a nested space: a guest's table stood between."""
+    direct: int
+    """Requests that led to a host-managed space. What had no route, or a blocked one, is neither."""
+    moved: int
+    """Requests with an IOVA other than its GPA."""

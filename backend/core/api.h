@@ -92,7 +92,7 @@ typedef struct {
 } vio_space_counters;
 
 typedef struct {
-    uint64_t requests, bytes, faults;
+    uint64_t requests, bytes, faults, nested, direct, moved;
 } vio_route_counters;
 
 /* engine.c */

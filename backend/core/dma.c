@@ -250,6 +250,9 @@ static void account(const struct job *job, bool fault)
         count(&job->route->counters.requests, 1);
         count(&job->route->counters.bytes, job->done);
         count(&job->route->counters.faults, fault);
+        count(&job->route->counters.nested, job->space && job->space->parent);
+        count(&job->route->counters.direct, job->space && !job->space->parent);
+        count(&job->route->counters.moved, job->moved);
     }
     if (job->space) {
         vio_space_counters *counters = &job->space->counters;

@@ -49,14 +49,13 @@ bool iotlb_fill(struct iotlb *iotlb, uint32_t tag, uint64_t iova, unsigned size_
 {
     uint64_t key = iova | size_lg2;
     struct iotlb_set *set = iotlb_set_of(iotlb, key, tag);
-    uint32_t sequence = IOTLB_LOAD(set->sequence);
+    uint32_t sequence = __atomic_load_n(&set->sequence, __ATOMIC_RELAXED);
     unsigned way, victim = IOTLB_WAYS;
     bool displaced = false;
 
     if ((sequence & 1) || !__atomic_compare_exchange_n(&set->sequence, &sequence, sequence + 1, false,
                                                        __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
         return false;
-    __atomic_thread_fence(__ATOMIC_RELEASE); /* readers that see a new field see the odd sequence */
     for (way = 0; way < IOTLB_WAYS; way++) {
         if (set->tag[way] == tag && set->key[way] == key) { /* the same with other permissions */
             victim = way;
@@ -69,10 +68,11 @@ bool iotlb_fill(struct iotlb *iotlb, uint32_t tag, uint64_t iova, unsigned size_
         victim = set->turn++ % IOTLB_WAYS;
         displaced = true;
     }
-    IOTLB_STORE(set->tag[victim], tag);
-    IOTLB_STORE(set->key[victim], key);
-    IOTLB_STORE(set->hva[victim], hva | perm);
-    IOTLB_STORE(set->gpa[victim], gpa);
+    /* Release: a reader that sees one of these sees the odd sequence. */
+    __atomic_store_n(&set->tag[victim], tag, __ATOMIC_RELEASE);
+    __atomic_store_n(&set->key[victim], key, __ATOMIC_RELEASE);
+    __atomic_store_n(&set->hva[victim], hva | perm, __ATOMIC_RELEASE);
+    __atomic_store_n(&set->gpa[victim], gpa, __ATOMIC_RELEASE);
     __atomic_store_n(&set->sequence, sequence + 2, __ATOMIC_RELEASE);
     return displaced;
 }

@@ -50,9 +50,6 @@ bool iotlb_fill(struct iotlb *iotlb, uint32_t tag, uint64_t iova, unsigned size_
 /* Forget what `tag` has in [first, last], of the sizes in the mask; false if that is more than it is worth. */
 bool iotlb_forget(struct iotlb *iotlb, uint32_t tag, uint64_t sizes, uint64_t first, uint64_t last);
 
-#define IOTLB_LOAD(p) __atomic_load_n(&(p), __ATOMIC_RELAXED)
-#define IOTLB_STORE(p, v) __atomic_store_n(&(p), (v), __ATOMIC_RELAXED)
-
 static inline struct iotlb_set *iotlb_set_of(const struct iotlb *iotlb, uint64_t key, uint32_t tag)
 {
     uint64_t hash = (key + ((uint64_t)tag << 40 | tag)) * 0x9e3779b97f4a7c15ull;
@@ -83,12 +80,12 @@ static inline bool iotlb_lookup(const struct iotlb *iotlb, uint32_t tag, uint64_
         for (unsigned way = 0; way < IOTLB_WAYS; way++) {
             uint64_t hva, gpa;
 
-            if (IOTLB_LOAD(set->key[way]) != key || IOTLB_LOAD(set->tag[way]) != tag)
+            if (__atomic_load_n(&set->key[way], __ATOMIC_ACQUIRE) != key ||
+                __atomic_load_n(&set->tag[way], __ATOMIC_ACQUIRE) != tag)
                 continue;
-            hva = IOTLB_LOAD(set->hva[way]);
-            gpa = IOTLB_LOAD(set->gpa[way]);
-            __atomic_thread_fence(__ATOMIC_ACQUIRE);
-            if ((sequence & 1) || IOTLB_LOAD(set->sequence) != sequence)
+            hva = __atomic_load_n(&set->hva[way], __ATOMIC_ACQUIRE); /* read before the sequence is read again */
+            gpa = __atomic_load_n(&set->gpa[way], __ATOMIC_ACQUIRE);
+            if ((sequence & 1) || __atomic_load_n(&set->sequence, __ATOMIC_RELAXED) != sequence)
                 break; /* written meanwhile: as good as a miss */
             hit->hva = (hva & ~IOTLB_FLAGS) + offset;
             hit->gpa = gpa + offset;
