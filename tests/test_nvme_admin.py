@@ -135,6 +135,11 @@ def test_fused_and_sgl_are_refused(host: Host, flags: int) -> None:
     assert done.status == BAD_FIELD
 
 
+def test_two_controllers_are_told_apart() -> None:
+    names = [Identity.named(name) for name in ("nvme0", "nvme1", "a name that is too long", "né\n")]
+    assert len({identity.serial for identity in names}) == len({identity.subsystem_name for identity in names}) == 4
+
+
 def test_serial_number_is_printable() -> None:
     Identity("x" * 20)
     for serial in ("", "x" * 21, "naïve", "a\nb"):

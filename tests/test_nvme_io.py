@@ -220,6 +220,8 @@ def test_misaligned_entries_and_chains(host: Host) -> None:
     page, table = host.allocate(), host.allocate()
     host.poke(table, struct.pack("<3Q", page, page + 8, page))
     assert host.submit_io(queue, READ, 0, 32, prp1=page, prp2=table).status == BAD_PRP_OFFSET
+    # only the link is misaligned: what it leads to would do as entries
+    host.poke(table, struct.pack("<4Q", *[page] * 4))
     host.poke(table + 8 * 510, struct.pack("<2Q", page, table + 8))
     assert host.submit_io(queue, READ, 0, 32, prp1=page, prp2=table + 8 * 510).status == BAD_PRP_OFFSET
 
@@ -515,6 +517,7 @@ def test_behind_nested_tables() -> None:
     controller.drained()
     assert struct.unpack("<4I", ram.peek(31 * PAGE, 16)) == (0, 0, 1, 5 | 1 << 16)
     assert ram.peek(29 * PAGE + 24, 6) == b"vioasi"
+    assert controller.admin_queue == high
     engine.close()
     ram.close()
     controller.namespace.close()

@@ -105,6 +105,7 @@ def test_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "none.img"
     assert "does not exist" in refused(path)
     assert "make the folder" in refused(tmp_path / "no" / "disk.img", size=MIB)
+    assert "correct the path" in refused(tmp_path / ("x" * 300), size=MIB)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -32,7 +32,7 @@ from nvme_driver import (
     Queue,
 )
 
-from backend.core import Access
+from backend.core import Access, Fault
 
 QUEUE_INVALID, BAD_ID, BAD_SIZE, EVENT_LIMIT, BAD_VECTOR, BAD_DELETION = 0x100, 0x101, 0x102, 0x105, 0x108, 0x10C
 BAD_FIELD, ID_CONFLICT, TRANSFER_ERROR, ABORTED, BAD_PRP_OFFSET = 0x02, 0x03, 0x04, 0x07, 0x13
@@ -154,6 +154,55 @@ def test_wrap_and_phase(host: Host, size: int, shadow: bool) -> None:
     for turn in range(5 * size + 1):
         done = host.submit_io(queue, FLUSH, 0, 1)
         assert (done.status, done.sq_head) == (0, (turn + 1) % size)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 7])
+def test_batches_across_the_end_of_the_rings(host: Host, batch: int) -> None:
+    queue = host.create_queue(1, 8)
+    host.poke(queue.sq + 8 * 64, b"\xff" * 64 * 8)  # what lies behind the ring is no command
+    for _ in range(8):
+        entries = [host.entry(FLUSH, nsid=1) for _ in range(batch)]
+        for entry in entries:
+            queue.push(entry)
+        queue.ring()
+        done = queue.pop_all()
+        assert [completion.cid for completion in done] == [struct.unpack_from("<H", entry, 2)[0] for entry in entries]
+        assert {completion.status for completion in done} == {0}
+        assert done[-1].sq_head == queue.tail
+
+
+def test_a_phase_turns_by_one_store_after_the_rest(host: Host) -> None:
+    """What the device does to the ring, in order: whole entries with the old phase, then each phase word by itself."""
+    queue = host.create_queue(1, 4)
+    ring = bytearray(64)
+    stores: list[tuple[int, int]] = []
+    write, store = host.port.write, host.port.store
+
+    def see_write(iova: int, data: bytes, pasid: int | None = None) -> Fault | None:
+        if queue.cq <= iova < queue.cq + 64:
+            for at in range(iova - queue.cq, iova - queue.cq + len(data), 16):
+                image = data[at - (iova - queue.cq) :][:16]
+                assert image[14] & 1 == ring[at + 14] & 1  # phase as it was
+                ring[at : at + 16] = image
+        return write(iova, data, pasid)
+
+    def see_store(iova: int, value: int, width: int, pasid: int | None = None) -> Fault | None:
+        if queue.cq <= iova < queue.cq + 64:
+            at = iova - queue.cq
+            assert (at % 16, width) == (12, 4)
+            assert value ^ struct.unpack_from("<I", ring, at)[0] == 1 << 16  # the phase bit and nothing else
+            struct.pack_into("<I", ring, at, value)
+            stores.append((at // 16, value >> 16 & 1))
+        return store(iova, value, width, pasid)
+
+    host.port.write, host.port.store = see_write, see_store  # type: ignore[method-assign, assignment]
+    for _ in range(5):
+        for _ in range(3):
+            queue.push(host.entry(FLUSH, nsid=1))
+        queue.ring()
+        assert len(queue.pop_all()) == 3
+    assert stores == [(index % 4, 1 - index // 4 % 2) for index in range(15)]
+    assert bytes(ring) == host.peek(queue.cq, 64)
 
 
 def test_one_interrupt_for_a_batch(host: Host) -> None:
@@ -561,6 +610,22 @@ async def test_a_long_batch_leaves_the_loop_to_others(host: Host) -> None:
         done = [count + len(queue.pop_all()) for count, queue in zip(done, queues, strict=True)]
     assert turns >= 2
     assert done == [1000, 1000]
+
+
+async def test_a_run_goes_on_where_the_last_one_stopped(host: Host) -> None:
+    """Eight queues with more work than one run does: none waits until the others are empty."""
+    assert host.submit_admin(SET_FEATURES, cdw10=0x01, cdw11=7).status == 0  # no limit of a burst
+    queues = [host.create_queue(qid, 512) for qid in range(1, 9)]
+    for queue in queues:
+        for _ in range(500):
+            queue.push(host.entry(FLUSH, nsid=1))
+        host.controller.bar_write(0, 0x1000 + 8 * queue.qid, 4, queue.tail)
+    host.controller.drained()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    done = [len(queue.pop_all()) for queue in queues]
+    assert min(done) > 0
+    assert max(done) < 500
 
 
 async def test_a_reset_ends_what_was_put_off(host: Host) -> None:

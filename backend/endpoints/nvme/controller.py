@@ -93,7 +93,7 @@ class NvmeController(PciFunction):
         )
         self._io = IoCommands(namespace, self.transfers, self._features, self.health)
         self._admin = AdminCommands(
-            identity=identity or Identity(),
+            identity=identity or Identity.named(name),
             namespace=namespace,
             port=self._port,
             transfers=self.transfers,
@@ -147,6 +147,16 @@ class NvmeController(PciFunction):
     def failed(self) -> bool:
         """Whether the controller gave up (CSTS.CFS) and waits for a reset by the guest."""
         return bool(self._registers["CSTS"] & registers.CSTS_FATAL)
+
+    @property
+    def admin_queue(self) -> int:
+        """IOVA of the admin submission queue (ASQ): memory that stays mapped as long as the controller is enabled."""
+        return self._registers["ASQ"]
+
+    @property
+    def admin_queue(self) -> int:
+        """IOVA of the admin submission queue, as the guest wrote it (ASQ)."""
+        return self._registers["ASQ"]
 
     def probe_write(self, iova: int, data: bytes) -> Fault | None:
         """DMA `data` to guest memory by order of the control path; the Fault if it did not get there."""

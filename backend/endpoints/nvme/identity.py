@@ -18,11 +18,17 @@ PCI_IDS = PciIds(vendor=0x1234, device=0x10A5, class_code=0x010802)
 class Identity:
     """Names a guest tells controllers apart by. `serial`: up to 20 printable ASCII characters."""
 
-    serial: str = "VIOASID0"
+    serial: str
 
     def __post_init__(self) -> None:
         if not self.serial.isascii() or not self.serial.isprintable() or not 1 <= len(self.serial) <= 20:
             raise ValueError(f"serial number {self.serial!r}: give 1 to 20 printable ASCII characters")
+
+    @classmethod
+    def named(cls, name: str) -> Identity:
+        """The identity of a function of this name: two in one machine must differ, or the guest takes one for both."""
+        fitting = "".join(letter for letter in name if letter.isascii() and letter.isprintable())
+        return cls(serial=f"vioasid-{fitting}"[:20])
 
     @property
     def subsystem_name(self) -> str:

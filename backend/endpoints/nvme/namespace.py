@@ -66,7 +66,10 @@ class Namespace:
     def open(cls, path: str | Path, *, size: int | None = None, block_size: int = 512) -> Namespace:
         """Serve a file; with `size` (bytes) a missing one is created, a shorter one extended. Raises NamespaceError."""
         path = Path(path)
-        created = not path.exists()
+        try:
+            created = not path.exists()
+        except OSError as error:
+            raise NamespaceError(f"disk file {path} cannot be reached ({error.strerror}): correct the path") from None
         if created and size is None:
             raise NamespaceError(f"disk file {path} does not exist: give a size to create it, or correct the path")
         if size is not None:
