@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backend.vm.machine import Machine
@@ -20,8 +20,11 @@ class QemuCommand:
     sockets: Mapping[str, Path]  # function name -> its vfio-user socket
     kernel: Path
     initrd: Path
-    append: str = ""
     ivrs: Path | None = None  # None in the short first run that learns where the firmware puts the BAR
+
+    def with_ivrs(self, ivrs: Path) -> QemuCommand:
+        """The same with the table that tells the guest of its IOMMU."""
+        return replace(self, ivrs=ivrs)
 
     def functions(self) -> list[str]:
         """What makes any QEMU of one's own use the served functions: shared memory, the functions, the IVRS."""
@@ -47,10 +50,9 @@ class QemuCommand:
     def guest(self) -> list[str]:
         """The processor, the kernel and its initramfs."""
         machine = self.machine
-        append = f"{machine.append} {self.append}".strip()
         return [
             "-accel", self.accel, "-cpu", "host" if self.accel == "kvm" else machine.cpu, "-smp", str(machine.cpus),
-            "-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", append,
+            "-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", machine.append,
         ]  # fmt: skip
 
     def argv(self) -> list[str]:

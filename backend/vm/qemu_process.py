@@ -26,7 +26,8 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For a child between fork and exec: it is killed when we end, however we end."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -52,7 +53,7 @@ class QemuProcess:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._argv, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
                     process_group=0,  # Ctrl-C is for us: we end QEMU in order
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )  # fmt: skip
         except OSError as error:
             raise CannotRun(f"QEMU ({self._argv[0]}) did not start: {error.strerror}; run `vioasid doctor`") from error
@@ -85,7 +86,7 @@ class QemuProcess:
         """One QMP command; VmLost if QEMU goes before it answers."""
         try:
             return await self._qmp.execute(command, arguments or None)
-        except QMPError as error:
+        except (QMPError, EOFError, OSError) as error:
             raise VmLost("qemu", f"QEMU did not carry out {command!r}: {error}") from error
 
     async def resume(self) -> None:
@@ -131,13 +132,13 @@ class QemuProcess:
         """End QEMU, in order if it listens, by force if not."""
         if self._process is not None and self._exit is not None:
             if not self._exit.done():
-                with contextlib.suppress(QMPError, VmLost, TimeoutError):
+                with contextlib.suppress(QMPError, EOFError, OSError, TimeoutError):
                     await asyncio.wait_for(self._qmp.execute("quit"), QUIT_SECONDS)
                 await asyncio.wait({self._exit}, timeout=QUIT_SECONDS)
             if not self._exit.done():
                 self._process.kill()
             await self._exit
-        with contextlib.suppress(QMPError, OSError):
+        with contextlib.suppress(QMPError, OSError, EOFError):  # it is gone, and says so
             await self._qmp.disconnect()
 
 

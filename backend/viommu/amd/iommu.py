@@ -120,6 +120,16 @@ class AmdIommu(PciFunction):
         """Whether the guest has turned the IOMMU on (IommuEn)."""
         return bool(self.registers[CONTROL] & Control.IOMMU_EN)
 
+    @property
+    def event_log_range(self) -> tuple[int, int]:
+        """GPA and bytes of the guest's event log: the one part of memory that a refused request changes."""
+        return ring_address(self.registers[EVENT_BASE]), ring_size(self.registers[EVENT_BASE])
+
+    def stage1_levels(self, rid: int) -> int | None:
+        """Levels of the page table that the guest gave this endpoint; None where it has none."""
+        verdict = self.device_table.look_up(rid, self.registers[DEVICE_TABLE_BASE])
+        return verdict.levels if verdict.decision is Decision.TRANSLATE else None
+
     def reset(self, kind: ResetKind) -> None:
         """Off, every request bypasses, nothing is cached. Counts stay: they are the host's."""
         if self.enabled and self.on_disable is not None:

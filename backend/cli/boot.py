@@ -1,0 +1,125 @@
+"""`vioasid boot`: a stock guest behind our IOMMU, its checks, and the report."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backend.cli.options import add_machine_options, chosen_machine, namespaces
+from backend.cli.supervisor import EXIT_CHECK_FAILED, EXIT_OK, guarded, supervise
+from backend.vm.backend import Backend
+from backend.vm.boot import Boot, rounds
+from backend.vm.lost import VmLost
+from backend.vm.machine import Machine
+from backend.vm.parts import Parts
+from backend.vm.progress import notice, shown
+from backend.vm.report import Report
+from backend.vm.run_folder import RunFolder
+from backend.vm.summary import report_of
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser("boot", help="boot a stock guest behind our IOMMU and check every claim", description=__doc__)
+    add_machine_options(parser)
+    parser.add_argument("--full", action="store_true", help="also a reboot, a second QEMU with iommu.strict=1, and a third with 2 CPUs and 4 GiB")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
+    parser.add_argument("--dry-run", action="store_true", help="print a line that serves the functions and runs this QEMU, and do not run it")
+    parser.add_argument("--keep", action="store_true", help="keep the logs of a run that passed, too")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code; see the command's epilog."""
+    machine = chosen_machine(args)
+    if args.dry_run:
+        return _dry_run(machine, args)
+    with RunFolder(f"{machine.name}-{os.getpid()}") as folder:
+        folder.keep_logs = True
+
+        def crashed(sentence: str) -> None:
+            _print(Report.lost("backend", sentence, folder.logs), args)
+
+        code = supervise(lambda: guarded(lambda: _boot(machine, args, folder)), crashed)
+        folder.keep_logs = args.keep or code != EXIT_OK
+        if folder.keep_logs and any(folder.logs.iterdir()):
+            notice(f"logs: {folder.logs}")
+    return code
+
+
+def _boot(machine: Machine, args: argparse.Namespace, folder: RunFolder) -> int:
+    with namespaces(machine, args) as disks, shown("boot") as progress:
+        parts = Parts.gather(machine, kernel=args.kernel, initrd=args.initrd, accel=args.accel)
+        sockets = {function.name: folder.socket(function.name) for function in machine.functions}
+        folder.socket("monitor")  # said now if it is too long, not in the middle
+        report = asyncio.run(_run(machine, args, folder, parts, lambda: Backend(machine, sockets, disks), progress))
+    _print(report, args)
+    if report.lost_part is not None:
+        raise VmLost(report.lost_part, report.lost_reason)
+    return EXIT_OK if report.ok else EXIT_CHECK_FAILED
+
+
+async def _run(
+    machine: Machine,
+    args: argparse.Namespace,
+    folder: RunFolder,
+    parts: Parts,
+    make: Callable[[], Backend],
+    progress: Callable[[str], None],
+) -> Report:
+    backend = make()
+    boot = Boot(backend, parts, folder, progress)
+    lost: VmLost | None = None
+    try:
+        await backend.start()
+        await backend.watch(boot.run(rounds(machine, full=args.full)))
+    except VmLost as error:
+        lost = error
+    finally:
+        report = report_of(boot, lost, folder.logs if lost or args.keep else None)
+        await backend.close()
+    return report
+
+
+def _dry_run(machine: Machine, args: argparse.Namespace) -> int:
+    """The line is complete: its files lie in the cache folder, and `serve` runs it as soon as the sockets listen."""
+    with RunFolder(machine.name) as folder, namespaces(machine, args) as disks, shown("dry run"):
+        folder.keep_logs = False
+        parts = Parts.gather(machine, kernel=args.kernel, initrd=args.initrd, accel=args.accel)
+        sockets = {function.name: folder.socket(function.name) for function in machine.functions}
+
+        async def learn() -> int:
+            backend = Backend(machine, sockets, disks)
+            try:
+                await backend.start()
+                return await Boot(backend, parts, folder, lambda _: None).learn(machine)
+            finally:
+                await backend.close()
+
+        bar = asyncio.run(learn())
+        command = parts.command(machine, sockets)
+    serve = [str(Path(sys.argv[0]).absolute()), "serve", "--machine", args.machine]
+    for option in ("memory", "cpus", "disk", "disk_size"):
+        value = getattr(args, option)
+        if value is not None:
+            serve += [f"--{option.replace('_', '-')}", str(value.absolute() if isinstance(value, Path) else value)]
+    print(shlex.join([*serve, "--", *command.with_ivrs(parts.ivrs(machine, bar)).by_hand()]))
+    return EXIT_OK
+
+
+def _print(report: Report, args: argparse.Namespace) -> None:
+    if args.json:
+        print(report.to_json())
+    else:
+        report.render()
+
+

@@ -1,0 +1,91 @@
+"""The backend of one VM: its engine, the functions served to it, and the wiring between them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from backend.core import Fault
+from backend.endpoints.nvme import Namespace, NvmeController
+from backend.ioasid import Engine, Kind
+from backend.pci import DmaRegion, FunctionServer, PciFunction
+from backend.viommu.amd import AmdIommu
+from backend.vm.lost import VmLost
+from backend.vm.machine import Machine
+from backend.vm.memory import VmMemory
+from backend.vm.traffic import TrafficMeter
+
+T = TypeVar("T")
+
+FAULTS_KEPT = 256  # the newest, for report and checks; a guest can cause any number
+
+
+class Backend:
+    """One engine a VM. It serves one QEMU after another: when a client goes, its functions wait for the next."""
+
+    def __init__(self, machine: Machine, sockets: Mapping[str, Path], namespaces: Mapping[str, Namespace]) -> None:
+        self.machine = machine
+        self.engine = Engine()
+        self.context = self.engine.open()
+        self.stage2 = self.context.alloc(Kind.KERNEL)
+        self.memory = VmMemory(self.context, self.stage2)
+        self.iommu = AmdIommu(self.context, self.stage2, [f.rid for f in machine.endpoints], name=machine.iommu.name)
+        self.controllers = {f.name: NvmeController(namespaces[f.name], name=f.name) for f in machine.endpoints}
+        self.faults: deque[Fault] = deque(maxlen=FAULTS_KEPT)
+        self.iommu.on_enable = lambda: self.meter.switch(on=True)
+        self.iommu.on_disable = lambda: self.meter.switch(on=False)
+        self.servers = [self._connect(function, rid, sockets) for function, rid in self._functions()]
+        self.meter = TrafficMeter([controller.dma for controller in self.controllers.values()])
+        self.context.attach(machine.iommu.rid, self.stage2)
+        self.engine.set_router(self.iommu.route)
+        self.engine.on_fault(self.iommu.on_fault)
+        self.engine.on_fault(self.faults.append)
+
+    async def start(self) -> None:
+        """Listen on every function's socket."""
+        for server in self.servers:
+            await server.start()
+
+    async def watch(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`; VmLost as soon as a function's own code fails, for its guest may wait for ever."""
+        task = asyncio.ensure_future(work)
+        failed = [asyncio.ensure_future(server.failed()) for server in self.servers]
+        try:
+            await asyncio.wait({task, *failed}, return_when=asyncio.FIRST_COMPLETED)
+            for server, failure in zip(self.servers, failed, strict=True):
+                if failure.done():
+                    error = failure.result()
+                    raise VmLost("backend", f"{server.function.name} failed: {type(error).__name__}: {error}") from error
+            return task.result()
+        finally:
+            for each in (task, *failed):
+                each.cancel()
+            await asyncio.gather(task, *failed, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End every connection and give all memory back."""
+        for server in self.servers:
+            await server.close()
+        self.memory.close()
+        self.engine.close()
+
+    def _functions(self) -> list[tuple[PciFunction, int]]:
+        by_name: dict[str, PciFunction] = {self.machine.iommu.name: self.iommu, **self.controllers}
+        return [(by_name[config.name], config.rid) for config in self.machine.functions]
+
+    def _connect(self, function: PciFunction, rid: int, sockets: Mapping[str, Path]) -> FunctionServer:
+        device = self.engine.add_device(rid, function.name)
+        function.rid = rid
+        function.connect_dma(device.port)
+        self.context.bind_device(rid)
+
+        def mapped(region: DmaRegion) -> None:
+            self.memory.map(function.name, region)
+
+        def unmapped(region: DmaRegion) -> None:
+            self.memory.unmap(function.name, region)
+
+        return FunctionServer(function, sockets[function.name], on_dma_map=mapped, on_dma_unmap=unmapped)

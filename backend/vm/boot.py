@@ -1,0 +1,233 @@
+"""One run: guests booted one after another on one backend, and what came of each."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backend.vm.backend import Backend
+from backend.vm.bar_memory import BarMemory
+from backend.vm.guest_protocol import GuestLost, GuestResult, GuestSession, Step, Times
+from backend.vm.host_side import BarMoved, HostSide
+from backend.vm.lost import VmLost
+from backend.vm.machine import Machine
+from backend.vm.parts import Parts
+from backend.vm.qemu_command import QemuCommand
+from backend.vm.qemu_process import QemuProcess
+from backend.vm.report import Check, DmaExample
+from backend.vm.run_folder import RunFolder
+from backend.vm.traffic import Traffic
+
+POWER_OFF_SECONDS = 30  # Linux takes 0.2 s from the answer to the end of QEMU
+CHANNEL_SECONDS = 10  # QEMU connects its chardevs before it answers on the monitor
+CONSOLE_TAIL = 1 << 16  # bytes at the end of the console's log in which a panic is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One QEMU of the run: its machine, and how often its guest boots in it."""
+
+    name: str
+    machine: Machine
+    boots: Sequence[str] = ("boot",)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one boot of a guest came to."""
+
+    name: str
+    result: GuestResult
+    checks: list[Check]
+    traffic: Traffic
+    example: DmaExample | None
+    seconds: float
+
+
+def rounds(machine: Machine, *, full: bool) -> list[Round]:
+    """The one boot of a plain run; for a full one also a reboot, a strict guest in a second QEMU, and a large guest in a third."""
+    if not full:
+        return [Round("boot", machine)]
+    large = dataclasses.replace(machine, memory=4 << 30, cpus=2)
+    return [
+        Round("boot", machine, ("boot", "reboot")),
+        Round("second-qemu-strict", machine.with_options(append="iommu.strict=1"), ("second-qemu-strict",)),
+        Round("two-cpus-4-gib", large, ("two-cpus-4-gib",)),
+    ]
+
+
+@dataclass(slots=True)
+class Boot:
+    """Runs rounds on a backend that listens already. `outcomes` fills as boots end, so that a lost VM leaves what was known."""
+
+    backend: Backend
+    parts: Parts
+    folder: RunFolder
+    progress: Callable[[str], None]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    async def run(self, plan: Sequence[Round]) -> None:
+        """CannotRun, or VmLost as soon as QEMU or a guest goes."""
+        for each in plan:
+            command = self.parts.command(each.machine, self._sockets())
+            bar = await self._bar(command)
+            await self._boot(each, command.with_ivrs(self.parts.ivrs(each.machine, bar)), bar)
+
+    async def learn(self, machine: Machine) -> int:
+        """The address of the IOMMU's registers on this machine."""
+        return await self._bar(self.parts.command(machine, self._sockets()))
+
+    def _sockets(self) -> dict[str, Path]:
+        return {function.name: self.folder.socket(function.name) for function in self.backend.machine.functions}
+
+    async def _bar(self, command: QemuCommand) -> int:
+        """Remembered, or learnt in a short run in which the firmware places the BARs and no kernel follows."""
+        machine = command.machine
+        memory = BarMemory(self.parts.cache, machine, self.parts.qemu.version)
+        known = memory.recall()
+        if known is not None:
+            return known
+        self.progress("learning where the firmware puts the IOMMU")
+        async with self._qemu(command, "firmware") as (qemu, _, _):
+            await qemu.resume()
+            try:
+                address = await qemu.while_alive(qemu.placed_bar_address(machine.iommu.slot, 0), machine.limits.firmware)
+            except TimeoutError as error:
+                raise VmLost("guest", f"the firmware did not place the IOMMU's BAR within {machine.limits.firmware:g} s") from error
+        memory.learn(address)
+        return address
+
+    async def _boot(self, each: Round, command: QemuCommand, bar: int) -> None:
+        async with self._qemu(command, each.name) as (qemu, reader, writer):
+            self.backend.meter.begin()
+            await qemu.resume()
+            watch = asyncio.create_task(self._watch(qemu, each, len(each.boots) - 1))
+            try:
+                for index, name in enumerate(each.boots):
+                    last = index == len(each.boots) - 1
+                    self.progress(f"{name}: starting")
+                    await self._session(name, each, qemu, (reader, writer), watch, bar, Step.POWER_OFF if last else Step.REBOOT)
+                await self._ended(qemu, each)
+            finally:
+                watch.cancel()
+
+    async def _session(
+        self,
+        name: str,
+        each: Round,
+        qemu: QemuProcess,
+        channel: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        watch: asyncio.Task[None],
+        bar: int,
+        step: Step,
+    ) -> None:
+        """One boot, until the guest was told what to do next; the first to fail of guest, watch and QEMU is what is told."""
+        host = HostSide(self.backend, qemu, bar, step=step, progress=lambda text: self.progress(f"{name}: {text}"))
+        limits = each.machine.limits
+        session = GuestSession(*channel, Times(limits.boot, limits.checks))
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+
+        def ended(result: GuestResult) -> None:
+            self.outcomes.append(Outcome(name, result, host.checks, host.traffic, host.example, loop.time() - begin))
+
+        work = asyncio.create_task(session.run(host))
+        try:
+            whole = limits.boot + limits.checks + POWER_OFF_SECONDS
+            await qemu.while_alive(_first(work, watch), whole)
+            result = await work
+        except BarMoved:
+            BarMemory(self.parts.cache, each.machine, self.parts.qemu.version).forget()
+            raise
+        except VmLost as lost:
+            ended(session.result())
+            if isinstance(lost, GuestLost) and (panic := self._panic(each)):
+                raise VmLost("guest", panic) from lost
+            raise
+        finally:
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await work
+        ended(result)
+        self.backend.meter.begin()
+
+    async def _watch(self, qemu: QemuProcess, each: Round, reboots: int) -> None:
+        """Ends with VmLost when the guest resets more often than it was told to: that is how a panic shows."""
+        while True:
+            name, reason = await qemu.next_event()
+            if name == "RESET" and reason == "guest-reset":
+                reboots -= 1
+                if reboots < 0:
+                    raise VmLost("guest", self._panic(each) or "the guest reset itself")
+
+    async def _ended(self, qemu: QemuProcess, each: Round) -> None:
+        try:
+            code = await asyncio.wait_for(qemu.wait(), POWER_OFF_SECONDS)
+        except TimeoutError as error:
+            raise VmLost("guest", f"the guest did not power off within {POWER_OFF_SECONDS} s") from error
+        if code != 0:
+            raise VmLost("qemu", f"QEMU ended {_how(code)} at the guest's power-off: {qemu.last_words() or 'it said nothing'}")
+
+    @contextlib.asynccontextmanager
+    async def _qemu(
+        self, command: QemuCommand, name: str
+    ) -> AsyncIterator[tuple[QemuProcess, asyncio.StreamReader, asyncio.StreamWriter]]:
+        """A QEMU that is about to run, and the guest's channel."""
+        monitor, channel = self.folder.socket("monitor"), self.folder.socket("channel")
+        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.get_running_loop().create_future()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if connected.done():
+                writer.close()  # the guest has one channel
+            else:
+                connected.set_result((reader, writer))
+
+        for path in (monitor, channel):
+            path.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(accept, channel)
+        argv = command.driven(monitor=monitor, channel=channel, console=self._console(name))
+        (self.folder.logs / f"{name}-qemu.args").write_text("\n".join(argv) + "\n")
+        qemu = QemuProcess(argv, monitor, self.folder.logs / f"{name}-qemu.log")
+        try:
+            await qemu.start()
+            reader, writer = await asyncio.wait_for(connected, CHANNEL_SECONDS)
+            yield qemu, reader, writer
+        finally:
+            await qemu.close()
+            server.close()
+            if connected.done() and not connected.cancelled():
+                connected.result()[1].close()
+            for path in (monitor, channel):
+                path.unlink(missing_ok=True)
+
+    def _console(self, name: str) -> Path:
+        return self.folder.logs / f"{name}-console.log"
+
+    def _panic(self, each: Round) -> str | None:
+        """The panic that the guest's console ends with, if it does."""
+        try:
+            with self._console(each.name).open("rb") as console:
+                console.seek(max(0, console.seek(0, 2) - CONSOLE_TAIL))
+                text = console.read().decode(errors="replace")
+        except OSError:
+            return None
+        found = re.search(r"Kernel panic - not syncing: [ -~]{0,200}", text)
+        return f"the guest's kernel died: {found[0]}" if found else None
+
+
+async def _first(work: asyncio.Task[GuestResult], watch: asyncio.Task[None]) -> None:
+    """Until one of them ends; what the watch found goes before what the guest said."""
+    await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+    if watch.done():
+        watch.result()
+    if work.done():
+        work.result()
+
+
+def _how(code: int) -> str:
+    return f"by signal {-code}" if code < 0 else f"with exit code {code}"

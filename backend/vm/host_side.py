@@ -1,0 +1,161 @@
+"""The host's side of the checks: what the guest cannot see for itself, and the DMA that it did not ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+
+from backend.core import Access, Fault, Translation
+from backend.endpoints.nvme import NvmeController
+from backend.vm import ktap
+from backend.vm.backend import Backend
+from backend.vm.errors import CannotRun
+from backend.vm.guest_protocol import Answer, GuestResult, HeldPage, OrderedFault, Step
+from backend.vm.machine import FunctionConfig
+from backend.vm.qemu_process import QemuProcess
+from backend.vm.report import Check, DmaExample
+from backend.vm.traffic import Traffic
+
+PAGE = 4096
+COMMAND_BYTES = 64  # a submission queue entry (NVM Express 1.4, 4.2)
+MARK = b"vioasid isolation probe " * 8  # found in guest memory, it would name who wrote it
+UNMAP_SECONDS = 5  # a lazy kernel flushes after 10 ms; a loaded TCG guest gets five hundred times that
+NEVER_MAPPED = range(0x4000_0000, 0x8000_0000, PAGE)  # Linux gives IOVAs from 4 GiB downwards, and only as many as it needs
+
+
+class BarMoved(CannotRun):
+    """The firmware put the IOMMU elsewhere than the IVRS says."""
+
+
+class HostSide:
+    """Handlers (backend.vm.guest_protocol) of one boot; `checks` and `traffic` hold what came of it."""
+
+    def __init__(
+        self, backend: Backend, qemu: QemuProcess, bar: int, *, step: Step, progress: Callable[[str], None]
+    ) -> None:
+        self._backend = backend
+        self._qemu = qemu
+        self._bar = bar
+        self._step = step
+        self._progress = progress
+        self.checks: list[Check] = []
+        self.traffic = Traffic()
+        self.example: DmaExample | None = None
+
+    async def ready(self, facts: Mapping[str, str]) -> None:
+        """Is the IOMMU where the IVRS says? Its driver has used that address, so it is late to find out, but not silent."""
+        self._progress("checking")
+        iommu = self._backend.machine.iommu
+        found = await self._qemu.bar_address(iommu.slot, 0)
+        if found != self._bar:
+            raise BarMoved(
+                f"the registers of {iommu.name} stand at {found or 0:#x}, and the IVRS told the guest {self._bar:#x}, learnt in an "
+                "earlier run; that address has been forgotten: run again to learn the new one"
+            )
+
+    async def checked(self, test: ktap.Test) -> None:
+        self._progress(f"{test.name}: {test.status}")
+
+    async def data_written(self, offset: int, length: int, sha256: str) -> Answer:
+        """The guest's hash of what it wrote against that of the backing store."""
+        namespace = next(iter(self._backend.controllers.values())).namespace
+        if offset + length > namespace.size:
+            return Answer.fail(f"the disk has {namespace.size} bytes")
+        ours = await asyncio.to_thread(namespace.digest, offset, length)
+        if ours != sha256:
+            return Answer.fail(f"the backing store's SHA-256 is {ours}, the guest's {sha256}")
+        return Answer.ok(f"the backing store holds the same {length >> 20} MiB, SHA-256 {ours[:16]}...")
+
+    async def isolation_never_mapped(self, nvme: str) -> OrderedFault | Answer:
+        """DMA to an IOVA that the guest never gave to anybody."""
+        found = self._endpoint(nvme)
+        if found is None:
+            return Answer.fail(f"{nvme} is no function of this backend")
+        config, controller = found
+        iova = random.choice(NEVER_MAPPED)
+        used = {transfer.iova // PAGE for transfer in controller.transfers.recent}
+        while iova // PAGE in used:
+            iova += PAGE
+        return await self._probe(config, controller, iova)
+
+    async def isolation_unmapped(self, page: HeldPage) -> OrderedFault | Answer:
+        """DMA to the IOVA of the transfer that the guest has just had and unmapped."""
+        found = self._endpoint(page.nvme)
+        if found is None:
+            return Answer.fail(f"{page.nvme} is no function of this backend")
+        config, controller = found
+        last = next((t for t in reversed(controller.transfers.recent) if t.write and t.length == page.length), None)
+        if last is None:
+            return Answer.fail(f"no transfer of {page.length} bytes to the guest is on record")
+        try:
+            async with asyncio.timeout(UNMAP_SECONDS):
+                while isinstance(self._translate(config, last.iova), Translation):
+                    await asyncio.sleep(0.01)  # the guest may flush lazily
+        except TimeoutError:
+            return Answer.fail(f"IOVA {last.iova:#x} was still mapped {UNMAP_SECONDS} s after its transfer")
+        return await self._probe(config, controller, last.iova)
+
+    async def next_step(self, result: GuestResult) -> Step:
+        """Counted here, before a power-off turns the IOMMU off."""
+        self.traffic = self._backend.meter.traffic()
+        self.checks += self._traffic_checks()
+        self.example = self._example()
+        return self._step
+
+    def _endpoint(self, bdf: str) -> tuple[FunctionConfig, NvmeController] | None:
+        for config in self._backend.machine.endpoints:
+            if config.bdf == bdf:
+                return config, self._backend.controllers[config.name]
+        return None
+
+    def _translate(self, config: FunctionConfig, iova: int) -> Translation | Fault:
+        return self._backend.engine.core.translate(config.rid, iova, Access.WRITE)
+
+    async def _probe(self, config: FunctionConfig, controller: NvmeController, iova: int) -> OrderedFault | Answer:
+        """Write and read at `iova` with the VM stopped, and compare all of its memory.
+
+        Only the IOMMU's own event log may change: that is where the guest is told.
+        """
+        await self._qemu.pause()
+        try:
+            exclude = [self._backend.iommu.event_log_range]
+            before = await asyncio.to_thread(self._backend.memory.snapshot, exclude)
+            written = controller.probe_write(iova, MARK)
+            read = controller.probe_read(iova, PAGE)
+            after = await asyncio.to_thread(self._backend.memory.snapshot, exclude)
+        finally:
+            await self._qemu.resume()
+        changed = before.changed(after)
+        if written is None or not isinstance(read, Fault):
+            what = "write" if written is None else "read"
+            return Answer.fail(f"a {what} at IOVA {iova:#x}, which is not mapped, went through")
+        if changed:
+            return Answer.fail(f"guest memory changed at GPA {changed[0]:#x} by a DMA that faulted")
+        text = f"write and read at {iova:#x} refused ({written.reason.name}), no byte of guest memory changed"
+        return OrderedFault(config.bdf, iova, text)
+
+    def _example(self) -> DmaExample | None:
+        """The path of the controller's own reads of its admin submission queue, which stays mapped."""
+        config = self._backend.machine.endpoints[0]
+        iova = self._backend.controllers[config.name].admin_queue
+        found = self._backend.engine.core.translate(config.rid, iova, Access.READ)
+        levels = self._backend.iommu.stage1_levels(config.rid)
+        if isinstance(found, Fault) or levels is None:
+            return None
+        stage2 = self._backend.context.get_info(self._backend.stage2).format
+        return DmaExample(
+            config.bdf, "read", COMMAND_BYTES, iova, found.gpa, found.hva,
+            stage1=f"AMD v1, {levels} levels", stage2=f"AMD v1, {stage2.levels if stage2 else 0} levels",
+        )  # fmt: skip
+
+    def _traffic_checks(self) -> list[Check]:
+        traffic = self.traffic
+        moved = f"{traffic.moved} of {traffic.translations} translated requests found a GPA other than the IOVA"
+        passed = f"{traffic.bypassed} requests since the guest enabled its IOMMU, {traffic.before_iommu} before (firmware)"
+        commands = ", ".join(f"{count} {opcode.name}" for opcode, count in sorted(self._backend.iommu.commands.items()))
+        return [
+            Check("dma/translated", "pass" if traffic.moved else "fail", moved),
+            Check("dma/bypassed", "fail" if traffic.bypassed else "pass", passed),
+            Check("dma/iommu-commands", "pass" if commands else "fail", commands or "the guest gave its IOMMU no command"),
+        ]
