@@ -1,7 +1,9 @@
 """The namespace: files and memory, what is refused and why, what survives."""
 
+import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import subprocess
 import sys
@@ -137,6 +139,20 @@ def test_a_size_beyond_the_host_is_undone(tmp_path: Path) -> None:
     assert path.stat().st_size == MIB
     assert "free some space" in refused(tmp_path / "new.img", size=1 << 62)
     assert not (tmp_path / "new.img").exists()
+
+
+def test_a_file_that_cannot_be_mapped_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_args: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    path = image(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", no_memory)
+        assert "free some space" in refused(path, size=4 * MIB)
+        with pytest.raises(NamespaceError, match="ask for a smaller one"):
+            Namespace.in_memory(MIB)
+    assert path.stat().st_size == MIB
+    Namespace.open(path).close()
 
 
 def test_in_use_by_another_run(tmp_path: Path) -> None:

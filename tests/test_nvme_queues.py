@@ -284,6 +284,19 @@ def test_shadow_doorbells_are_for_whole_pages(host: Host) -> None:
     assert host.get(CSTS) == READY
 
 
+@pytest.mark.parametrize("page", [0, 1])
+def test_a_queue_that_cannot_be_shadowed_is_not_made(host: Host, page: int) -> None:
+    host.set_shadow()
+    assert host.shadow is not None
+    host.unmap(host.shadow[page])
+    queue = host.allocate()
+    for opcode in (CREATE_CQ, CREATE_SQ):
+        done = host.submit_admin(opcode, prp1=queue, cdw10=7 << 16 | 1, cdw11=1 << 16 | 1)
+        assert done.status == (TRANSFER_ERROR if opcode == CREATE_CQ else QUEUE_INVALID)
+    host.map(host.shadow[page])
+    assert host.submit_io(host.create_queue(1, 8), FLUSH, 0, 1).status == 0
+
+
 def test_shadow_doorbells_take_over_a_queue_in_use(host: Host) -> None:
     queue = host.create_queue(1, 8)
     for _ in range(3):
@@ -460,6 +473,22 @@ def test_an_event_is_masked_until_its_log_is_read(host: Host) -> None:
     host.admin.ring()
     kinds = [completion.result for completion in host.admin.pop_all()]
     assert kinds == [0, 1 << 16]  # the log page, then one event; the type is masked again
+    told = []
+    for _ in range(4):
+        host.admin.push(host.entry(0x02, nsid=BROADCAST, prp1=buffer, cdw10=0x01 | 15 << 16))
+        host.admin.ring()
+        told += [completion.result for completion in host.admin.pop_all()]
+    assert told == [0, 1 << 8 | 1 << 16, 0, 0, 0]  # of a hundred rings of each kind, one waited
+
+
+def test_a_controller_reset_forgets_requests_and_events(host: Host) -> None:
+    event_requests(host, 4)
+    host.doorbell(40, 1)
+    host.doorbell(40, 1)
+    host.put(CC, 0)
+    host.enable()
+    event_requests(host, 4)  # none is one too many, and none has anything to tell
+    assert host.admin.pop() is None
 
 
 def test_temperature_threshold_raises_an_event(host: Host) -> None:
@@ -485,7 +514,8 @@ def test_abort_of_an_event_request(host: Host) -> None:
 
 def test_abort_of_what_is_not_there(host: Host) -> None:
     host.create_queue(1, 8)
-    for sqid, cid in ((0, 77), (1, 1), (1, 0xFFFF)):
+    (event,) = event_requests(host, 1)
+    for sqid, cid in ((0, 77), (1, 1), (1, 0xFFFF), (1, event)):
         done = host.submit_admin(ABORT, cdw10=cid << 16 | sqid)
         assert (done.status, done.result) == (0, 1)
     assert host.submit_admin(ABORT, cdw10=9).status == BAD_FIELD
@@ -521,11 +551,13 @@ def test_submission_queue_taken_away_is_fatal(host: Host) -> None:
     host.admin.push(host.entry(IDENTIFY, prp1=host.allocate(), cdw10=1))
     host.admin.ring()
     assert host.admin.pop() is None
+    host.doorbell(2, 5)
     host.map(queue.sq)
     host.put(CC, 0)
     assert host.get(CSTS) == 0
     host.enable()
     host.identify(1)
+    assert host.log(0x01, 64) == bytes(64)  # rings of a controller that gave up are no errors of their own
 
 
 @pytest.mark.parametrize("access", [Access(0), Access.READ])

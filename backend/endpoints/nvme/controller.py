@@ -153,11 +153,6 @@ class NvmeController(PciFunction):
         """IOVA of the admin submission queue (ASQ): memory that stays mapped as long as the controller is enabled."""
         return self._registers["ASQ"]
 
-    @property
-    def admin_queue(self) -> int:
-        """IOVA of the admin submission queue, as the guest wrote it (ASQ)."""
-        return self._registers["ASQ"]
-
     def probe_write(self, iova: int, data: bytes) -> Fault | None:
         """DMA `data` to guest memory by order of the control path; the Fault if it did not get there."""
         return self.transfers.probe_write(iova, data)
