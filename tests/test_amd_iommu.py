@@ -1,5 +1,6 @@
 """The AMD IOMMU driven as a driver does: registers and queues in real guest memory, translations by the real engine."""
 
+import os
 import struct
 from collections.abc import Iterator
 
@@ -194,6 +195,7 @@ class TestStart:
         assert vm.endpoint.write(DATA, b"pxe boot") is None
         assert vm.ram.peek(DATA, 8) == b"pxe boot"
         assert reason(vm.endpoint.read(NOWHERE, 8)) == Reason.NOT_PRESENT
+        assert vm.iommu.aborted == 0  # not through an IOMMU
 
     def test_enabling_takes_the_bypass_away_and_disabling_gives_it_back(self, vm: Vm) -> None:
         calls: list[str] = []
@@ -300,14 +302,17 @@ class TestDeviceTable:
         assert isinstance(started.endpoint.read(DATA, 8), Fault)
 
     def test_requests_with_a_pasid_are_refused(self, started: Vm) -> None:
-        started.set_entry(ENDPOINT, device_entry())
+        started.translate()
         assert reason(started.endpoint.read(DATA, 8, 0x12345)) == Reason.NO_ROUTE
         assert started.events() == [Event(PAGE_FAULT, ENDPOINT, 0x12345, 1, DATA)]  # GN
+        assert not started.iommu.domains.ioasids
 
     def test_a_device_of_nobody_is_left_alone(self, started: Vm) -> None:
         started.engine.add_device(0x28, "stranger")
+        started.context.bind_device(0x28)
         assert reason(started.engine.devices[0x28].port.read(DATA, 8)) == Reason.NO_ROUTE
         assert started.events() == []
+        assert started.iommu.aborted == 0
 
 
 class TestTranslation:
@@ -410,15 +415,18 @@ class TestTranslation:
         table.map(IOVA, DATA)
         assert isinstance(started.endpoint.read(IOVA, 1), bytes)
 
-    def test_invalidation_is_by_domain(self, started: Vm) -> None:
-        table = started.translate(ENDPOINT, domain=1)
-        table.map(IOVA, DATA)
+    @pytest.mark.parametrize(
+        ("domain", "address", "hits"),
+        [(2, ALL_PAGES, 1), (1, ALL_PAGES, 0), (1, IOVA + 3 * PAGE, 1), (1, IOVA - PAGE, 0)],
+    )
+    def test_invalidation_is_by_domain_and_range(self, started: Vm, domain: int, address: int, hits: int) -> None:
+        started.translate(ENDPOINT, domain=1).map(IOVA, DATA)
         assert isinstance(started.endpoint.read(IOVA, 1), bytes)
-        hits = started.context.get_info(next(iter(started.iommu.domains.ioasids.values()))).counters.iotlb_hits
-        started.submit(invalidate_pages(2, ALL_PAGES, size=True))
+        (ioasid,) = started.iommu.domains.ioasids.values()
+        before = started.context.get_info(ioasid).counters.iotlb_hits
+        started.submit(invalidate_pages(domain, address, size=True))  # the other three are two pages or all
         assert isinstance(started.endpoint.read(IOVA, 1), bytes)
-        info = started.context.get_info(next(iter(started.iommu.domains.ioasids.values())))
-        assert info.counters.iotlb_hits == hits + 1
+        assert started.context.get_info(ioasid).counters.iotlb_hits == before + hits
 
     def test_devices_of_one_domain_share_an_ioasid_which_goes_with_the_last_of_them(self, started: Vm) -> None:
         table = started.translate(ENDPOINT)
@@ -554,6 +562,7 @@ class TestCommands:
         started.write(COMMAND_TAIL, started.read(COMMAND_TAIL))
         started.control(set_=COMMAND_EN)
         assert not started.status & COMMAND_RUN
+        assert started.events() == []
         started.control(clear=COMMAND_EN)
         started.write(COMMAND_HEAD, at + 32)
         started.control(set_=COMMAND_EN)
@@ -704,10 +713,16 @@ class TestEventLog:
         self.fault(started, 2)
         assert len(started.events()) == 2
 
+    def test_a_request_that_no_bus_carries_is_none(self, started: Vm) -> None:
+        started.translate().map(IOVA, DATA)
+        assert reason(started.endpoint.store(IOVA + 1, 0, 8)) == Reason.MISALIGNED
+        assert started.events() == []
+
     def test_the_iommu_own_faults_are_no_events_of_a_device(self, started: Vm) -> None:
         assert isinstance(started.iommu.dma.read(NOWHERE, 8), Fault)
         assert started.iommu.rid == IOMMU
         assert started.events() == []
+        assert started.iommu.aborted == 0
 
 
 class TestStage2Permission:
@@ -720,3 +735,34 @@ class TestStage2Permission:
         assert isinstance(fault, Fault)
         assert (fault.stage, fault.reason) == (2, Reason.PERMISSION)
         assert started.events() == []
+
+
+class TestMemoryTakenAway:
+    """The client truncates the memory under a running guest."""
+
+    GONE = 3 << 9  # Type 11 of a hardware error
+
+    def test_page_table(self, started: Vm) -> None:
+        table = started.translate(base=DATA, levels=2)
+        table.map(IOVA & 0x3FFF_F000, DATA)
+        os.ftruncate(started.ram.fd, DATA)
+        assert reason(started.endpoint.write(IOVA & 0x3FFF_F000, b"x")) == Reason.MEMORY_GONE
+        at = DATA + (IOVA >> 21 & 0x1FF) * 8
+        assert started.events() == [Event(4, ENDPOINT, 7, self.GONE | RW, at)]
+
+    def test_data(self, started: Vm) -> None:
+        started.translate().map(IOVA, DATA)
+        os.ftruncate(started.ram.fd, DATA)
+        assert reason(started.endpoint.read(IOVA, 8)) == Reason.MEMORY_GONE
+        assert started.events() == []
+        assert started.iommu.aborted == 1
+
+    def test_device_table_and_completion(self, started: Vm) -> None:
+        started.write(0x00, DATA | 1)
+        os.ftruncate(started.ram.fd, DATA)
+        assert reason(started.endpoint.read(IOVA, 8)) == Reason.NO_ROUTE
+        started.submit(completion_wait(DATA, 1))
+        assert started.events() == [
+            Event(DEVICE_TABLE_ERROR, ENDPOINT, 0, self.GONE, DATA + ENDPOINT * 32),
+            Event(COMMAND_ERROR, 0, 0, self.GONE, DATA),
+        ]

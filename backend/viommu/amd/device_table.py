@@ -57,7 +57,8 @@ class Verdict:
     """A device table entry, judged.
 
     `access` is IR and IW; `domain_id`, `root` (GPA) and `levels` hold for TRANSLATE; `address` is the GPA of the entry;
-    the suppressions are SE (all page faults but the first since the entry was read) and SA (all of them).
+    the suppressions are SE (all page faults but the first since the entry was read) and SA (all of them); `fault` is
+    why the entry is UNREADABLE.
     """
 
     decision: Decision
@@ -68,6 +69,7 @@ class Verdict:
     levels: int = 0
     suppress_repeated: bool = False
     suppress_all: bool = False
+    fault: Fault | None = None
 
 
 def judge(raw: bytes, address: int, efr: int) -> Verdict:
@@ -136,7 +138,7 @@ class DeviceTable:
             return Verdict(Decision.OUT_OF_TABLE, address)
         raw = self._read(address, ENTRY_SIZE)
         if isinstance(raw, Fault):
-            return Verdict(Decision.UNREADABLE, address)
+            return Verdict(Decision.UNREADABLE, address, fault=raw)
         return judge(raw, address, self._efr)
 
     def refuse(self, device_id: int) -> None:

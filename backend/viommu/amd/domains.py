@@ -6,6 +6,7 @@ key: two entries that misuse one ID for two tables still get their own each.
 """
 
 import errno
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,18 +59,13 @@ class Domains:
     def translate(self, rid: int, key: DomainKey, access: Access) -> None:
         """Route a device's requests through a domain's table. Raises IoasidError, with no route left."""
         self.drop(rid)
-        self._context.attach(rid, self._stage2)
-        try:
+        with ExitStack() as undo:
             domain = self._use(key)
-        except IoasidError:
-            self._context.detach(rid)
-            raise
-        try:
+            undo.callback(self._release, key)
+            self._context.attach(rid, self._stage2)
+            undo.callback(self._context.detach, rid)
             self._context.attach(rid, domain.ioasid, access=access)
-        except IoasidError:
-            self._release(key)
-            self._context.detach(rid)
-            raise
+            undo.pop_all()
         self._routes[rid] = key
 
     def drop(self, rid: int) -> None:

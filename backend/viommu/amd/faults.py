@@ -22,14 +22,15 @@ _REFUSALS = {
     Decision.OUT_OF_TABLE: (EventCode.IO_PAGE_FAULT, NO_FLAGS),
     Decision.ILLEGAL_BITS: (EventCode.ILLEGAL_DEV_TABLE_ENTRY, EventFlag.RZ),
     Decision.ILLEGAL_LEVEL: (EventCode.ILLEGAL_DEV_TABLE_ENTRY, NO_FLAGS),
-    Decision.UNREADABLE: (EventCode.DEV_TAB_HARDWARE_ERROR, EventFlag.MASTER_ABORT),
+    Decision.UNREADABLE: (EventCode.DEV_TAB_HARDWARE_ERROR, NO_FLAGS),
     Decision.NO_TABLE: (EventCode.PAGE_TAB_HARDWARE_ERROR, EventFlag.MASTER_ABORT),
 }
 
 
-def hardware_error(fault: Fault) -> EventFlag:
-    """The Type of a hardware error: nothing answered at the address, or what answered was not whole."""
-    return EventFlag.DATA_ERROR if fault.reason is Reason.MEMORY_GONE else EventFlag.MASTER_ABORT
+def hardware_error(fault: Fault | None) -> EventFlag:
+    """The Type of a hardware error: nothing answers at the address, or the memory there was taken away."""
+    gone = fault is not None and fault.reason is Reason.MEMORY_GONE
+    return EventFlag.DATA_ERROR if gone else EventFlag.MASTER_ABORT
 
 
 def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
@@ -48,7 +49,7 @@ def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
             EventCode.PAGE_TAB_HARDWARE_ERROR,
             device_id=fault.rid,
             tag=verdict.domain_id,
-            flags=EventFlag.DATA_ERROR | rw,
+            flags=hardware_error(fault) | rw,
             address=fault.gpa or 0,
         )
     if fault.stage == 0 and fault.reason is Reason.MISALIGNED:
@@ -65,6 +66,7 @@ def _refusal(fault: Fault, verdict: Verdict, rw: EventFlag) -> bytes | None:
     tag = verdict.domain_id
     if code is EventCode.DEV_TAB_HARDWARE_ERROR:
         address = verdict.address
+        flags |= hardware_error(verdict.fault)
     elif code is EventCode.PAGE_TAB_HARDWARE_ERROR:
         address = verdict.root
     if code in (EventCode.DEV_TAB_HARDWARE_ERROR, EventCode.ILLEGAL_DEV_TABLE_ENTRY):
