@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -302,9 +303,9 @@ def test_memory_that_may_not_be_touched() -> None:
         assert (answer.reason, answer.gpa, answer.done) == (Reason.MEMORY_GONE, 8 * PAGE, 2 * PAGE)
     assert protect(ram.hva + 8 * PAGE, 8 * PAGE, mmap.PROT_READ) == 0
     assert core.dma_read(DIRECT, 8 * PAGE, 4) == bytes(4)
-    answer = core.dma_write(DIRECT, 8 * PAGE, b"x")
-    assert isinstance(answer, Fault)
-    assert answer.reason == Reason.MEMORY_GONE
+    refused = core.dma_write(DIRECT, 8 * PAGE, b"x")
+    assert refused is not None
+    assert refused.reason == Reason.MEMORY_GONE
     core.close()
     ram.close()
 
@@ -359,10 +360,9 @@ def test_no_dma_after_unmap_has_returned() -> None:
             here = turn % 2 * PAGE
             core.map(STAGE2, PAGE, ram.hva + here, PAGE, RW)
             before = ram.read(here, 8)
-            if turn % 50 == 0:  # let the devices in for sure now and then
-                for _ in range(10_000):
-                    if ram.read(here, 8) != before:
-                        break
+            deadline = time.monotonic() + 5
+            while turn % 10 == 0 and ram.read(here, 8) == before and time.monotonic() < deadline:
+                time.sleep(0.0002)  # let the devices in
             core.unmap(STAGE2, PAGE, PAGE)
             still = ram.read(here, PAGE)
             moved += still[:8] != before

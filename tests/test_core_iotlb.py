@@ -58,20 +58,6 @@ def test_a_cached_translation_is_used_until_the_guest_invalidates(guest: Guest) 
     assert gpa(guest) == B
 
 
-INVALIDATIONS: dict[str, Callable[[Guest], None]] = {
-    "all": lambda guest: guest.core.invalidate(CHILD),
-    "page": lambda guest: guest.core.invalidate(CHILD, IOVA, PAGE),
-    "one byte of it": lambda guest: guest.core.invalidate(CHILD, IOVA + 0xFFF, 1),
-    "range around": lambda guest: guest.core.invalidate(CHILD, 0, 1 << 20),
-    "huge range": lambda guest: guest.core.invalidate(CHILD, 0, 1 << 40),
-    "to beyond the end": lambda guest: guest.core.invalidate(CHILD, PAGE, 1 << 64),
-    "bind again": lambda guest: guest.bind(ROOT, 3),
-    "unbind and bind": lambda guest: rebind(guest),
-    "parent unmaps the page": lambda guest: remap(guest, A),
-    "parent unmaps another page": lambda guest: remap(guest, 60 * PAGE),
-}
-
-
 def rebind(guest: Guest) -> None:
     guest.core.unbind_table(CHILD)
     guest.bind(ROOT, 3)
@@ -80,6 +66,20 @@ def rebind(guest: Guest) -> None:
 def remap(guest: Guest, gpa: int) -> None:
     guest.core.unmap(STAGE2, gpa, PAGE)
     guest.core.map(STAGE2, gpa, guest.ram.hva + gpa, PAGE, RW)
+
+
+INVALIDATIONS: dict[str, Callable[[Guest], None]] = {
+    "all": lambda guest: guest.core.invalidate(CHILD),
+    "page": lambda guest: guest.core.invalidate(CHILD, IOVA, PAGE),
+    "one byte of it": lambda guest: guest.core.invalidate(CHILD, IOVA + 0xFFF, 1),
+    "range around": lambda guest: guest.core.invalidate(CHILD, 0, 1 << 20),
+    "huge range": lambda guest: guest.core.invalidate(CHILD, 0, 1 << 40),
+    "to beyond the end": lambda guest: guest.core.invalidate(CHILD, PAGE, 1 << 64),
+    "bind again": lambda guest: guest.bind(ROOT, 3),
+    "unbind and bind": rebind,
+    "parent unmaps the page": lambda guest: remap(guest, A),
+    "parent unmaps another page": lambda guest: remap(guest, 60 * PAGE),
+}
 
 
 @pytest.mark.parametrize("how", INVALIDATIONS)

@@ -14,7 +14,7 @@ struct job {
     struct route *route;
     struct space *space;
     uint32_t tag;
-    unsigned need;
+    unsigned need, permitted; /* by the route */
     /* copy: a list of segments on one side, one buffer on the other */
     const vio_segment *segments;
     uint64_t count;
@@ -227,7 +227,8 @@ static int find_route(struct job *job, uint32_t rid, uint32_t pasid)
     job->space = job->route->space;
     if (!job->space)
         return VIO_REASON_BLOCKED;
-    if (job->need & ~job->route->access)
+    job->permitted = job->route->access;
+    if (job->need & ~job->permitted)
         return VIO_REASON_PERMISSION;
     if (!job->space->walk)
         return VIO_REASON_NOT_BOUND;
@@ -306,7 +307,7 @@ int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iov
         return VIO_ERR_VALUE;
     status = request(&job, rid, pasid, run_translate);
     if (!status)
-        *out = (vio_translation){job.hit.hva, job.hit.size, job.hit.gpa, job.hit.perm & job.route->access};
+        *out = (vio_translation){job.hit.hva, job.hit.size, job.hit.gpa, job.hit.perm & job.permitted};
     return status;
 }
 

@@ -3,8 +3,6 @@
 
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
-#include <string.h>
 
 #define PAGE_MASK_4K ((uintptr_t)4095)
 
@@ -12,7 +10,7 @@ static const int guarded_signals[] = {SIGBUS, SIGSEGV};
 #define SIGNALS (sizeof guarded_signals / sizeof guarded_signals[0])
 
 static struct sigaction previous[SIGNALS];
-static atomic_int chained[SIGNALS];
+static volatile sig_atomic_t passed_on[SIGNALS];
 static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* initial-exec: the handler must not allocate thread-local storage */
@@ -26,20 +24,28 @@ static int window_holds(const struct guard_window *window, uintptr_t address)
     return window->size && address >= first && address < end;
 }
 
+/*
+ * Not ours: to whoever handled it before. A handler that only reports hands it on by raising it again, and may by then
+ * have put us back in its place: so what was sent, not caused by an instruction, is passed on once.
+ */
 static void pass_on(size_t slot, int sig, siginfo_t *info, void *ucontext)
 {
     const struct sigaction *old = &previous[slot];
+    int sent = info->si_code <= 0;
 
-    /* Twice on the same signal: the previous handler handed it back to us, so end as the default does. */
-    if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN || atomic_exchange(&chained[slot], 1)) {
-        signal(sig, SIG_DFL); /* the instruction faults again on return */
+    if (sent && old->sa_handler == SIG_IGN)
+        return;
+    if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN || (sent && passed_on[slot])) {
+        signal(sig, SIG_DFL); /* an instruction at fault faults again on return */
+        if (sent)
+            raise(sig);
         return;
     }
+    passed_on[slot] = 1;
     if (old->sa_flags & SA_SIGINFO)
         old->sa_sigaction(sig, info, ucontext);
     else
         old->sa_handler(sig);
-    atomic_store(&chained[slot], 0);
 }
 
 static void on_signal(int sig, siginfo_t *info, void *ucontext)

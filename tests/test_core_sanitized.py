@@ -1,0 +1,71 @@
+"""The C core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, driven by core_driver.c."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from backend.core.build import SOURCES
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ROOT / "backend" / "core"
+DRIVER = ROOT / "tests" / "core_driver.c"
+COMPILER = shutil.which("gcc") or shutil.which("cc")
+
+
+def build(folder: Path, sanitizers: str) -> Path:
+    """Build the driver with the core's own sources; skip where the host's compiler lacks the sanitizer."""
+    if COMPILER is None:
+        pytest.skip("no C compiler: install gcc")
+    made = folder / "driver"
+    command = [
+        COMPILER, "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CORE}",
+        f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-o", str(made), str(DRIVER),
+        *(str(CORE / f"{source}.c") for source in SOURCES),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot find" in done.stderr and "san" in done.stderr:
+        pytest.skip(
+            f"the compiler's run-time for -fsanitize={sanitizers} is missing: install libgcc-dev's libasan/libtsan"
+        )
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+def run(driver: Path, *arguments: str) -> None:
+    # Without a fixed layout of addresses: ThreadSanitizer cannot place its shadow in every random one.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    environment = {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", "ASAN_OPTIONS"}}
+    done = subprocess.run(
+        [*fixed, str(driver), *arguments], capture_output=True, text=True, check=False, timeout=60, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert done.stderr == ""
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("asan"), "address,undefined")
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_random_requests_and_changes(address: Path, seed: int) -> None:
+    """Hostile tables, maps, truncations and every call, against a model of stage 2."""
+    run(address, "random", str(seed), "100000")
+
+
+def test_bounds(address: Path) -> None:
+    """Table pages and IOTLB tags run out."""
+    run(address, "bounds")
+
+
+def test_threads_and_addresses(address: Path) -> None:
+    run(address, "threads", "300")
+
+
+def test_threads(tmp_path: Path) -> None:
+    run(build(tmp_path, "thread"), "threads", "1000")
