@@ -1,6 +1,7 @@
 # Shared by init and the checks: results in KTAP version 1 (one level down), the conversation with the host, the device under test.
 # File descriptor 3 goes to the host, 4 comes from it.
 
+STATE=${STATE:-/run} # elsewhere in a test of this file
 total=0 failed=0 skipped=0
 
 say() { echo "vioasid: $*" >&3; }
@@ -64,8 +65,13 @@ fact() { # key value: for the host's report
 # Questions are numbered through all checks of a boot, so that a late answer is never taken for another's.
 ASK_SECONDS=30
 ask() {
-	asked=$(($(cat /run/asked 2>/dev/null || echo 0) + 1))
-	echo $asked >/run/asked
+	local asked question word rest
+	if [ -z "$HOST" ]; then
+		answer="status=skip text=there is no host to ask"
+		return 4
+	fi
+	asked=$(($(cat "$STATE/asked" 2>/dev/null || echo 0) + 1))
+	echo $asked >"$STATE/asked"
 	question=$1
 	shift
 	say "ask number=$asked question=$question $*"
@@ -87,6 +93,7 @@ ask() {
 	return 3
 }
 field() { # key: its value in $answer; text is the rest of the line
+	local word
 	[ "$1" = text ] && case $answer in *text=*) echo "${answer#*text=}" && return ;; *) return ;; esac
 	for word in ${answer%%text=*}; do
 		case $word in "$1="*) echo "${word#*=}" && return ;; esac

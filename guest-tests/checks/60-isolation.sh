@@ -7,12 +7,12 @@ plan 5
 
 # What the answer names must be in the kernel's log within seconds. The log check later sets these faults aside.
 logged() { # name mark
+	local device iova text
 	device=$(field device)
 	iova=$(field iova)
 	text=$(guest log-wait /dev/kmsg "$2" "$device" "$iova" $FAULT_SECONDS)
-	status=$?
+	outcome $? "$1" "$text"
 	echo "$device $iova" >>/run/faults-ordered
-	outcome $status "$1" "$text"
 }
 
 mark=$(guest log-mark /dev/kmsg)
