@@ -174,7 +174,7 @@ def extract(
 
 
 LIFELINE = 'exec 3<&0; { cat <&3; kill -KILL 0; } >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
-"""Shell: end the whole process group once the writer of stdin is gone, by whatever death, and run the command beside."""
+"""Shell: end the process group once the writer of stdin is gone, by whatever death, and run the command beside."""
 
 
 @contextmanager
@@ -372,8 +372,9 @@ def _explain(log: Sequence[str], mirror: Mirror, what: str, suites: str) -> Exce
         )
     if line := first(ABSENT):
         return NotThere(f"{what}: {line}")
-    errors = [line for line in log if line.startswith("E: ")] or list(log[-3:])
+    told = [line for line in log if line.strip() and not line.startswith("I: ")]
+    errors = [line for line in told if line.startswith("E: ")] or told[-3:] or ["it was killed"]
     return CannotRun(
-        f"Fetching {what} from {mirror.url} ({suites}) failed: {' '.join(errors) or 'it was killed'} "
+        f"Fetching {what} from {mirror.url} ({suites}) failed: {'; '.join(errors)}. "
         "Run it again, or set VIOASID_MIRROR to another Debian mirror."
     )

@@ -71,6 +71,8 @@ def modinfo(data: bytes, path: Path) -> dict[str, list[str]]:
             raise ValueError("no 64-bit little-endian ELF file")
         section_table = struct.unpack_from("<Q", data, 0x28)[0]
         entry_size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
+        if section_table + entry_size * count > len(data):
+            raise ValueError("it is cut short")
         headers = [struct.unpack_from("<IIQQQQ", data, section_table + index * entry_size) for index in range(count)]
         names = headers[names_index][4]
         found = [header for header in headers if data.startswith(b".modinfo\0", names + header[0])]

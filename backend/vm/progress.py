@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
-
-class Report(Protocol):
-    """Takes the phase that work has reached, a few words in the present tense."""
-
-    def __call__(self, phase: str) -> None: ...
+Report = Callable[[str], None]
+"""Takes the phase that work has reached, a few words in the present tense."""
 
 
 @contextmanager
