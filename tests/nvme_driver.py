@@ -101,11 +101,11 @@ class Queue:
     def release(self) -> None:
         self._doorbell(2 * self.qid + 1, self.head)
 
-    def pop_all(self) -> list[Completion]:
+    def pop_all(self, *, release: bool = True) -> list[Completion]:
         found = []
         while (completion := self.pop(release=False)) is not None:
             found.append(completion)
-        if found:
+        if found and release:
             self.release()
         return found
 
