@@ -344,5 +344,5 @@ class TestEvents:
         [("GN", 48), ("NX", 49), ("US", 50), ("I", 51), ("PR", 52), ("RW", 53), ("PE", 54), ("RZ", 55), ("TR", 56)],
     )
     def test_flags_stand_where_figures_have_them(self, flag: str, position: int) -> None:
-        raw = event(EventCode.IO_PAGE_FAULT, address=0, flags=EventFlag[flag])
+        raw = event(EventCode.IO_PAGE_FAULT, address=0, flags=getattr(EventFlag, flag))
         assert int.from_bytes(raw[:8], "little") == 2 << 60 | 1 << position

@@ -141,6 +141,12 @@ class TestRegisters:
         vm.write(STATUS, EVENT_RUN | COMMAND_RUN | COM_WAIT_INT)
         assert vm.status == EVENT_RUN | COMMAND_RUN
 
+    def test_a_register_is_reached_whole_and_by_halves(self, vm: Vm) -> None:
+        vm.iommu.bar_write(0, 0x08, 8, 0x0912_3456_789A_B000)
+        assert vm.read(0x08) == 0x0902_3456_789A_B000  # 55:52 are reserved
+        vm.iommu.bar_write(0, 0x0C, 4, 0x0800_0001)
+        assert vm.iommu.bar_read(0, 0x08, 8) == 0x0800_0001_789A_B000
+
     def test_run_bits_follow_control(self, vm: Vm) -> None:
         vm.control(set_=COMMAND_EN | EVENT_LOG_EN)
         assert vm.status == 0  # nothing runs while the IOMMU is off
@@ -480,7 +486,12 @@ class TestTranslation:
         started.context.detach(ENDPOINT)
         started.context.detach(ENDPOINT)
         assert isinstance(started.endpoint.read(IOVA, 1), bytes)
+        started.context.detach(ENDPOINT)
+        started.context.detach(ENDPOINT)
+        started.context.unbind_device(ENDPOINT)
+        started.submit(invalidate_all())
         assert started.wait()
+        assert not started.iommu.domains.ioasids
 
     def test_a_table_that_the_engine_will_not_take(self, started: Vm, caplog: pytest.LogCaptureFixture) -> None:
         started.translate()

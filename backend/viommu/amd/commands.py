@@ -9,6 +9,7 @@ from backend.viommu.amd.features import Efr
 
 COMMAND_SIZE = 16
 _PAGE = 0xFFFF_FFFF_FFFF_F000
+_OPERAND = (1 << 60) - 1  # the first half but for the opcode
 
 
 class Opcode(IntEnum):
@@ -128,21 +129,23 @@ def _invalidate_all(_low: int, _high: int) -> Command:
 class _Format(NamedTuple):
     """One command: bits that may be set in each half (opcode aside), the feature it needs, how to read it."""
 
+    opcode: Opcode
     low: int
     high: int
-    requires: Efr
+    requires: int
     decode: Callable[[int, int], Command]
 
 
 # PASID, GN and the type of a device-TLB invalidation belong to features that are not offered: they are reserved here.
-_FORMATS = {
-    Opcode.COMPLETION_WAIT: _Format(0x000F_FFFF_FFFF_FFFF, (1 << 64) - 1, Efr.NONE, _completion_wait),
-    Opcode.INVALIDATE_DEVTAB_ENTRY: _Format(0xFFFF, 0, Efr.NONE, _invalidate_device_entry),
-    Opcode.INVALIDATE_IOMMU_PAGES: _Format(0x0000_FFFF_0000_0000, _PAGE | 3, Efr.NONE, _invalidate_pages),
-    Opcode.INVALIDATE_IOTLB_PAGES: _Format(0x0000_FFFF_FF00_FFFF, _PAGE | 1, Efr.NONE, _invalidate_device_tlb),
-    Opcode.INVALIDATE_INTERRUPT_TABLE: _Format(0xFFFF, 0, Efr.NONE, _invalidate_interrupt_table),
-    Opcode.INVALIDATE_IOMMU_ALL: _Format(0, 0, Efr.INVALIDATE_ALL, _invalidate_all),
-}
+_FORMATS = (
+    _Format(Opcode.COMPLETION_WAIT, 0x000F_FFFF_FFFF_FFFF, (1 << 64) - 1, 0, _completion_wait),
+    _Format(Opcode.INVALIDATE_DEVTAB_ENTRY, 0xFFFF, 0, 0, _invalidate_device_entry),
+    _Format(Opcode.INVALIDATE_IOMMU_PAGES, 0x0000_FFFF_0000_0000, _PAGE | 3, 0, _invalidate_pages),
+    _Format(Opcode.INVALIDATE_IOTLB_PAGES, 0x0000_FFFF_FF00_FFFF, _PAGE | 1, 0, _invalidate_device_tlb),
+    _Format(Opcode.INVALIDATE_INTERRUPT_TABLE, 0xFFFF, 0, 0, _invalidate_interrupt_table),
+    _Format(Opcode.INVALIDATE_IOMMU_ALL, 0, 0, int(Efr.INVALIDATE_ALL), _invalidate_all),
+)
+_BY_OPCODE = {int(form.opcode): form for form in _FORMATS}
 
 
 def decode(raw: bytes, efr: int) -> tuple[Opcode, Command]:
@@ -150,14 +153,13 @@ def decode(raw: bytes, efr: int) -> tuple[Opcode, Command]:
     low = int.from_bytes(raw[:8], "little")
     high = int.from_bytes(raw[8:16], "little")
     number = low >> 60
-    try:
-        opcode = Opcode(number)
-        form = _FORMATS[opcode]
-    except (ValueError, KeyError):
-        raise IllegalCommand(f"opcode {number:#x} is not offered") from None
-    if form.requires & ~efr:
-        raise IllegalCommand(f"{opcode.name} needs {form.requires!r}, which EFR {efr:#x} does not offer")
-    reserved = (low & ~form.low & (1 << 60) - 1, high & ~form.high)
-    if any(reserved):
-        raise IllegalCommand(f"{opcode.name} with reserved bits {reserved[0]:#x}, {reserved[1]:#x} set")
+    form = _BY_OPCODE.get(number)
+    if form is None:
+        raise IllegalCommand(f"opcode {number:#x} is not offered")
+    opcode = form.opcode
+    if form.requires and not efr & form.requires:
+        raise IllegalCommand(f"{opcode.name} needs {Efr(form.requires)!r}, which EFR {efr:#x} does not offer")
+    reserved_low, reserved_high = low & ~form.low & _OPERAND, high & ~form.high
+    if reserved_low or reserved_high:
+        raise IllegalCommand(f"{opcode.name} with reserved bits {reserved_low:#x}, {reserved_high:#x} set")
     return opcode, form.decode(low, high)

@@ -95,10 +95,11 @@ class Domains:
                 )
 
     def _detach(self, rid: int) -> None:
+        """Another user of the context may have detached or unbound the device: then it is where it should be."""
         try:
             self._context.detach(rid)
         except IoasidError as error:
-            if error.errno != errno.ENOENT:  # another user of the context detached it: it is where it should be
+            if error.errno == errno.EBUSY:
                 raise
 
     def _use(self, key: DomainKey) -> Domain:

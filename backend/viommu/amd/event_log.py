@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 from backend.core import Access, Fault
 
@@ -18,8 +18,8 @@ class EventCode(IntEnum):
     COMMAND_HARDWARE_ERROR = 6
 
 
-class EventFlag(IntFlag):
-    """Bits 59:48 of an event; each event has those that its figure shows."""
+class EventFlag:
+    """Bits 59:48 of an event, as plain numbers; each event has those that its figure shows."""
 
     GN = 1 << 0  # the address is one of a guest table, and the PASID is valid
     NX = 1 << 1
@@ -34,20 +34,17 @@ class EventFlag(IntFlag):
     DATA_ERROR = 3 << 9  # Type 11 of a hardware error: the data did not arrive whole
 
 
-NO_FLAGS = EventFlag(0)
+def direction(access: Access) -> int:
+    return EventFlag.RW if access & Access.WRITE else 0
 
 
-def direction(access: Access) -> EventFlag:
-    return EventFlag.RW if access & Access.WRITE else NO_FLAGS
-
-
-def event(code: EventCode, *, address: int, device_id: int = 0, tag: int = 0, flags: EventFlag = NO_FLAGS) -> bytes:
+def event(code: EventCode, *, address: int, device_id: int = 0, tag: int = 0, flags: int = 0) -> bytes:
     """Lay out one event (generic format, section 2.5.1).
 
     15:0 device ID, 47:32 domain ID, 59:48 flags, 63:60 code, 127:64 address. `tag` is the domain ID, or with GN the
     PASID, whose bits 19:16 stand in 19:16.
     """
-    low = device_id | (tag >> 16 & 0xF) << 16 | (tag & 0xFFFF) << 32 | int(flags) << 48 | int(code) << 60
+    low = device_id | (tag >> 16 & 0xF) << 16 | (tag & 0xFFFF) << 32 | flags << 48 | int(code) << 60
     return low.to_bytes(8, "little") + address.to_bytes(8, "little")
 
 

@@ -2,14 +2,14 @@
 
 from backend.core import Fault, Reason
 from backend.viommu.amd.device_table import Decision, Verdict
-from backend.viommu.amd.event_log import NO_FLAGS, EventCode, EventFlag, direction, event
+from backend.viommu.amd.event_log import EventCode, EventFlag, direction, event
 
 # Flags of an IO_PAGE_FAULT for a walk that ended (section 2.5.3, table of event types). PR is clear where no page
 # stands; where one does, RZ tells a reserved bit from an illegal level.
 _PAGE_FAULT_FLAGS = {
     Reason.BLOCKED: EventFlag.PR | EventFlag.PE,
-    Reason.NOT_PRESENT: NO_FLAGS,
-    Reason.ADDRESS_WIDTH: NO_FLAGS,  # the address is wider than the table: nothing stands there
+    Reason.NOT_PRESENT: 0,
+    Reason.ADDRESS_WIDTH: 0,  # the address is wider than the table: nothing stands there
     Reason.PERMISSION: EventFlag.PR | EventFlag.PE,
     Reason.RESERVED_BITS: EventFlag.PR | EventFlag.RZ,
     Reason.BAD_LEVEL: EventFlag.PR,
@@ -18,16 +18,16 @@ _PAGE_FAULT_FLAGS = {
 
 # Where a request ends whose entry lets nothing through, and the flags beyond its direction (sections 2.5.2 to 2.5.5).
 _REFUSALS = {
-    Decision.NO_TRANSLATION: (EventCode.IO_PAGE_FAULT, NO_FLAGS),
-    Decision.OUT_OF_TABLE: (EventCode.IO_PAGE_FAULT, NO_FLAGS),
+    Decision.NO_TRANSLATION: (EventCode.IO_PAGE_FAULT, 0),
+    Decision.OUT_OF_TABLE: (EventCode.IO_PAGE_FAULT, 0),
     Decision.ILLEGAL_BITS: (EventCode.ILLEGAL_DEV_TABLE_ENTRY, EventFlag.RZ),
-    Decision.ILLEGAL_LEVEL: (EventCode.ILLEGAL_DEV_TABLE_ENTRY, NO_FLAGS),
-    Decision.UNREADABLE: (EventCode.DEV_TAB_HARDWARE_ERROR, NO_FLAGS),
+    Decision.ILLEGAL_LEVEL: (EventCode.ILLEGAL_DEV_TABLE_ENTRY, 0),
+    Decision.UNREADABLE: (EventCode.DEV_TAB_HARDWARE_ERROR, 0),
     Decision.NO_TABLE: (EventCode.PAGE_TAB_HARDWARE_ERROR, EventFlag.MASTER_ABORT),
 }
 
 
-def hardware_error(fault: Fault | None) -> EventFlag:
+def hardware_error(fault: Fault | None) -> int:
     """The Type of a hardware error: nothing answers at the address, or the memory there was taken away."""
     gone = fault is not None and fault.reason is Reason.MEMORY_GONE
     return EventFlag.DATA_ERROR if gone else EventFlag.MASTER_ABORT
@@ -54,11 +54,11 @@ def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
         )
     if fault.stage == 0 and fault.reason is Reason.MISALIGNED:
         return None  # the device asked for what no bus carries
-    flags = _PAGE_FAULT_FLAGS.get(fault.reason, NO_FLAGS) | rw
+    flags = _PAGE_FAULT_FLAGS.get(fault.reason, 0) | rw
     return event(EventCode.IO_PAGE_FAULT, device_id=fault.rid, tag=verdict.domain_id, flags=flags, address=fault.iova)
 
 
-def _refusal(fault: Fault, verdict: Verdict, rw: EventFlag) -> bytes | None:
+def _refusal(fault: Fault, verdict: Verdict, rw: int) -> bytes | None:
     if verdict.decision not in _REFUSALS:
         return None  # its entry lets it through, and yet it has no route: nothing the guest did
     code, flags = _REFUSALS[verdict.decision]

@@ -12,7 +12,6 @@ from enum import IntFlag
 class Efr(IntFlag):
     """Features of one bit in the Extended Feature Register (section 3.3.1, MMIO 0x30)."""
 
-    NONE = 0
     PREFETCH = 1 << 0
     PPR = 1 << 1
     NX = 1 << 3

@@ -28,7 +28,7 @@ from backend.viommu.amd.commands import (
 )
 from backend.viommu.amd.device_table import EVERYTHING, Decision, DeviceTable, Verdict
 from backend.viommu.amd.domains import DomainKey, Domains
-from backend.viommu.amd.event_log import NO_FLAGS, EventCode, EventFlag, EventLog, EventNotWritten, code_of, event
+from backend.viommu.amd.event_log import EventCode, EventLog, EventNotWritten, code_of, event
 from backend.viommu.amd.faults import hardware_error, request_event
 from backend.viommu.amd.registers import (
     BAR_SIZE,
@@ -40,7 +40,6 @@ from backend.viommu.amd.registers import (
     EVENT_BASE,
     EVENT_HEAD,
     EVENT_TAIL,
-    NO_STATUS,
     STATUS,
     Control,
     Status,
@@ -100,7 +99,7 @@ class AmdIommu(PciFunction):
         """Requests that were translated to where no memory is: they end there, which is no event of an IOMMU."""
         self._page_faulted: set[int] = set()
         """Endpoints with a page fault since their entry was read, for SE."""
-        self._interrupting = NO_STATUS
+        self._interrupting = 0
         """Status bits whose interrupt was raised and which software has not cleared since."""
         command_run, event_run = Status.CMD_BUF_RUN, Status.EVENT_LOG_RUN
         for register, hook in (
@@ -108,7 +107,7 @@ class AmdIommu(PciFunction):
             (COMMAND_HEAD, self._pointer_hook(COMMAND_HEAD, COMMAND_BASE, command_run)),
             (COMMAND_TAIL, self._command_tail_written),
             (EVENT_BASE, self._base_hook(EVENT_BASE, EVENT_HEAD, EVENT_TAIL, event_run)),
-            (EVENT_HEAD, self._pointer_hook(EVENT_HEAD, EVENT_BASE, NO_STATUS)),
+            (EVENT_HEAD, self._pointer_hook(EVENT_HEAD, EVENT_BASE, 0)),
             (EVENT_TAIL, self._pointer_hook(EVENT_TAIL, EVENT_BASE, event_run)),
             (CONTROL, self._control_written),
             (STATUS, lambda _new, _old: self._raise_interrupts()),
@@ -136,7 +135,7 @@ class AmdIommu(PciFunction):
             self.on_disable()
         super().reset(kind)
         self._forget_all()
-        self._interrupting = NO_STATUS
+        self._interrupting = 0
 
     # What the engine asks and tells
 
@@ -194,7 +193,7 @@ class AmdIommu(PciFunction):
 
     # Registers
 
-    def _base_hook(self, base: str, head: str, tail: str, run: Status) -> WriteHook:
+    def _base_hook(self, base: str, head: str, tail: str, run: int) -> WriteHook:
         """A ring's base: not while the ring runs; a new one starts empty (sections 2.4, 2.5)."""
 
         def written(_new: int, old: int) -> None:
@@ -205,7 +204,7 @@ class AmdIommu(PciFunction):
 
         return written
 
-    def _pointer_hook(self, pointer: str, base: str, run: Status) -> WriteHook:
+    def _pointer_hook(self, pointer: str, base: str, run: int) -> WriteHook:
         """A ring's pointer: not beyond the ring; not while it runs where the IOMMU moves it (section 3.3.13)."""
 
         def written(new: int, old: int) -> None:
@@ -235,7 +234,7 @@ class AmdIommu(PciFunction):
         self._raise_interrupts()
         self._run_commands()
 
-    def _follow(self, new: int, old: int, enable: Control, run: Status, base: str) -> None:
+    def _follow(self, new: int, old: int, enable: int, run: int, base: str) -> None:
         """A run bit follows its enable bit and IommuEn: a halted ring starts again only when one of them goes 0 to 1.
 
         A ring of a reserved length never starts.
@@ -246,14 +245,14 @@ class AmdIommu(PciFunction):
         elif old & needed != needed and ring_size(self.registers[base]):
             self._change_status(set_=run)
 
-    def _change_status(self, *, set_: Status = NO_STATUS, clear: Status = NO_STATUS) -> None:
-        self.registers[STATUS] = self.registers[STATUS] & ~int(clear) | int(set_)
+    def _change_status(self, *, set_: int = 0, clear: int = 0) -> None:
+        self.registers[STATUS] = self.registers[STATUS] & ~clear | set_
         self._raise_interrupts()
 
     def _raise_interrupts(self) -> None:
         """One interrupt when a status bit and its enable bit have come together, the next after software cleared it."""
         control = self.registers[CONTROL]
-        wanted = NO_STATUS
+        wanted = 0
         if control & Control.EVENT_INT_EN:
             wanted |= Status.EVENT_LOG_INT | Status.EVENT_OVERFLOW
         if control & Control.COM_WAIT_INT_EN:
@@ -278,11 +277,11 @@ class AmdIommu(PciFunction):
                 self.commands[opcode] += 1
                 self.registers[COMMAND_HEAD] = (offset + len(raw)) % size
         except IllegalCommand as error:
-            self._halt(EventCode.ILLEGAL_COMMAND_ERROR, base + self.registers[COMMAND_HEAD], NO_FLAGS, error)
+            self._halt(EventCode.ILLEGAL_COMMAND_ERROR, base + self.registers[COMMAND_HEAD], 0, error)
         except (UnreadableCommand, StoreFailed) as error:
             self._halt(EventCode.COMMAND_HARDWARE_ERROR, error.address, hardware_error(error.fault), error)
 
-    def _halt(self, code: EventCode, address: int, flags: EventFlag, error: Exception) -> None:
+    def _halt(self, code: EventCode, address: int, flags: int, error: Exception) -> None:
         """Stop at the command that the head pointer names (sections 2.5.6, 2.5.7)."""
         log.debug("%s: %s: %s", self.name, code.name, error)
         self._change_status(clear=Status.CMD_BUF_RUN)
@@ -314,7 +313,7 @@ class AmdIommu(PciFunction):
 
     def _log_event(self, raw: bytes) -> None:
         """Write an event and move the tail; a full log stops, and so does one that guest memory does not take."""
-        status = Status(self.registers[STATUS])
+        status = self.registers[STATUS]
         if not status & Status.EVENT_LOG_RUN or status & Status.EVENT_OVERFLOW:
             self.event_log.lost[code_of(raw)] += 1
             return

@@ -4,8 +4,6 @@ Registers of features that are not offered are absent: they read as zero and ign
 So do the exclusion range registers: no exclusion range is offered, and ExEn reads back as zero.
 """
 
-from enum import IntFlag
-
 from backend.pci.registers import Register, RegisterTable
 from backend.viommu.amd.features import EFR2, Efr
 
@@ -17,8 +15,8 @@ LENGTH_RESET = 8 << 56  # 256 entries
 POINTER_FIELD = 0x7FFF0  # 18:4
 
 
-class Control(IntFlag):
-    """The IOMMU Control Register: the bits that do something here."""
+class Control:
+    """The IOMMU Control Register: the bits that do something here. Plain numbers: a doorbell tests several of them."""
 
     IOMMU_EN = 1 << 0
     EVENT_LOG_EN = 1 << 2
@@ -26,6 +24,8 @@ class Control(IntFlag):
     COM_WAIT_INT_EN = 1 << 4
     CMD_BUF_EN = 1 << 12
 
+
+_ACTING = Control.IOMMU_EN | Control.EVENT_LOG_EN | Control.EVENT_INT_EN | Control.COM_WAIT_INT_EN | Control.CMD_BUF_EN
 
 # Bits that are kept and change nothing here: the timeout of device-TLB invalidations (there are none to wait for),
 # ordering and coherence of the IOMMU's own requests (all of them are ordered and coherent).
@@ -40,7 +40,7 @@ _OPTIONAL_CONTROLS = (
 )
 
 
-class Status(IntFlag):
+class Status:
     """The IOMMU Status Register."""
 
     EVENT_OVERFLOW = 1 << 0
@@ -50,7 +50,6 @@ class Status(IntFlag):
     CMD_BUF_RUN = 1 << 4
 
 
-NO_STATUS = Status(0)
 STATUS_CLEARED_BY_SOFTWARE = Status.EVENT_OVERFLOW | Status.EVENT_LOG_INT | Status.COM_WAIT_INT
 STATUS_RUN = Status.EVENT_LOG_RUN | Status.CMD_BUF_RUN
 
@@ -67,9 +66,7 @@ EVENT_TAIL = "Event Log Tail Pointer"
 
 def control_mask(efr: int) -> int:
     """Bits of the control register that software can set; those of features that are not offered stay zero."""
-    mask = _KEPT
-    for control in Control:
-        mask |= control
+    mask = _ACTING | _KEPT
     for feature, bits in _OPTIONAL_CONTROLS:
         mask |= bits if feature & efr else 0
     return mask
@@ -90,7 +87,7 @@ def register_table(efr: int) -> RegisterTable:
             Register(COMMAND_TAIL, 0x2008, 8, rw=POINTER_FIELD, section="3.3.13"),
             Register(EVENT_HEAD, 0x2010, 8, rw=POINTER_FIELD, section="3.3.13"),
             Register(EVENT_TAIL, 0x2018, 8, rw=POINTER_FIELD, section="3.3.13"),
-            Register(STATUS, 0x2020, 8, ro=int(STATUS_RUN), w1c=int(STATUS_CLEARED_BY_SOFTWARE), section="3.3.14"),
+            Register(STATUS, 0x2020, 8, ro=STATUS_RUN, w1c=STATUS_CLEARED_BY_SOFTWARE, section="3.3.14"),
         )
     )
 
