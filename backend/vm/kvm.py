@@ -13,6 +13,7 @@ import selectors
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ DEVICE = Path("/dev/kvm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PROBE_SECONDS = 20
 """A kernel under a working KVM panics for want of a root file system within 2 s."""
+TOO_SLOW = f"no kernel booted within {PROBE_SECONDS} s"
 STARTED = b"Linux version "
 BROKEN = b"KVM internal error"
 OUTPUT_LIMIT = 1 << 20
@@ -73,13 +75,13 @@ def probe(qemu: Qemu, kernel: Kernel, cache: Cache | None = None) -> KvmState:
         pass
     with shown("trying KVM"):
         state = _try(qemu, kernel)
-    text = json.dumps({"asked": asked, "works": state.works, "reason": state.reason})
-    try:
-        fresh = memory.with_name(f".kvm-{os.getpid()}")
-        fresh.write_text(text)
-        fresh.replace(memory)
-    except OSError:
-        pass  # it is only asked again
+    if state.reason != TOO_SLOW:  # which a busy host can be once
+        text = json.dumps({"asked": asked, "works": state.works, "reason": state.reason})
+        with suppress(OSError):  # it is only asked again
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            fresh = memory.with_name(f".kvm-{os.getpid()}")
+            fresh.write_text(text)
+            fresh.replace(memory)
     return state
 
 
@@ -120,7 +122,7 @@ def _try(qemu: Qemu, kernel: Kernel) -> KvmState:
     if STARTED in output and ended:
         return KvmState(True, True, f"Linux {kernel.version} booted under it")
     if not ended:
-        return KvmState(False, True, f"no kernel booted within {PROBE_SECONDS} s")
+        return KvmState(False, True, TOO_SLOW)
     last = next((line for line in reversed(output.splitlines()) if line.strip()), b"QEMU ended without a word")
     return KvmState(False, True, last.decode(errors="replace").strip())
 
