@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from guest_ram import PAGE, Ram
 
-from backend.core import Access, Fault
+from backend.core import Access, Fault, Reason
 from backend.ioasid import Engine
 from backend.viommu.amd import AmdIommu
 
@@ -31,6 +31,13 @@ COMMAND_HEAD, COMMAND_TAIL, EVENT_HEAD, EVENT_TAIL = 0x2000, 0x2008, 0x2010, 0x2
 IOMMU_EN, EVENT_LOG_EN, EVENT_INT_EN, COM_WAIT_INT_EN, COMMAND_EN = 1, 1 << 2, 1 << 3, 1 << 4, 1 << 12
 EVENT_OVERFLOW, EVENT_INT, COM_WAIT_INT, EVENT_RUN, COMMAND_RUN = 1, 2, 4, 8, 16
 READ, WRITE = 1 << 61, 1 << 62
+
+IOVA = 0x7_1234_5000  # 35 bits, so that every level of four indexes something
+
+# Event codes and flags (section 2.5)
+ILLEGAL_ENTRY, PAGE_FAULT, DEVICE_TABLE_ERROR, PAGE_TABLE_ERROR, ILLEGAL_COMMAND, COMMAND_ERROR = 1, 2, 3, 4, 5, 6
+GN, PR, RW, PE, RZ = 1 << 0, 1 << 4, 1 << 5, 1 << 6, 1 << 7
+MASTER_ABORT, DATA_ERROR = 1 << 9, 3 << 9  # Type of a hardware error
 
 ALL_PAGES = 0x7FFF_FFFF_FFFF_F000
 EVERY_PAGE = (ALL_PAGES, True)
@@ -55,6 +62,11 @@ def parse_event(raw: bytes) -> Event:
     first, second, low, high = struct.unpack("<4I", raw)
     domain = second & 0xFFFF | (first >> 16 & 0xF) << 16
     return Event(second >> 28, first & 0xFFFF, domain, second >> 16 & 0xFFF, high << 32 | low)
+
+
+def reason(answer: bytes | Fault | None) -> Reason:
+    assert isinstance(answer, Fault)
+    return answer.reason
 
 
 def completion_wait(address: int = 0, data: int = 0, *, store: bool = True, interrupt: bool = False) -> bytes:
