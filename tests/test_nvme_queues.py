@@ -659,6 +659,21 @@ async def test_a_run_goes_on_where_the_last_one_stopped(host: Host) -> None:
     assert max(done) < 500
 
 
+async def test_an_error_in_work_put_off_reaches_the_transport(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = host.create_queue(1, 1024)
+    for _ in range(1000):
+        queue.push(host.entry(FLUSH, nsid=1))
+    queue.ring()
+    told: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
+    with monkeypatch.context() as patch:
+        patch.setattr(host.port, "read", None)  # a bug of ours
+        await asyncio.sleep(0)
+    assert len(told) == 1
+    with pytest.raises(TypeError):
+        host.controller.drained()
+
+
 async def test_a_deleted_queue_is_served_no_more(host: Host) -> None:
     queue = host.create_queue(1, 1024)
     for _ in range(1000):

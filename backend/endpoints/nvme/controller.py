@@ -80,6 +80,7 @@ class NvmeController(PciFunction):
         self.health = Health()
         self._interrupt_mask = 0
         self._scheduled = False
+        self._broken: Exception | None = None
         self._features = Features()
         self._events = AsyncEvents()
         self._arbiter = Arbiter(
@@ -122,6 +123,8 @@ class NvmeController(PciFunction):
 
     def drained(self) -> None:
         """Serve what was rung, then raise one interrupt for each completion queue that got something."""
+        if self._broken is not None:
+            raise self._broken
         while not self._arbiter.idle and self.bus_master:
             more = self._serve()
             if more and self._defer():
@@ -257,7 +260,11 @@ class NvmeController(PciFunction):
 
     def _resume(self) -> None:
         self._scheduled = False
-        self.drained()
+        try:
+            self.drained()
+        except Exception as error:
+            self._broken = error  # the loop logs it; the transport, which knows what to do, gets it at its next call
+            raise
 
     def _execute(self, sq: SubmissionQueue, command: Command) -> None:
         """Carry out one command and post its completion, unless it completes later."""
