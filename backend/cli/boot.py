@@ -7,7 +7,7 @@ import asyncio
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,11 +29,21 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the verb to the command line."""
-    parser = subparsers.add_parser("boot", help="boot a stock guest behind our IOMMU and check every claim", description=__doc__)
+    parser = subparsers.add_parser(
+        "boot", help="boot a stock guest behind our IOMMU and check every claim", description=__doc__
+    )
     add_machine_options(parser)
-    parser.add_argument("--full", action="store_true", help="also a reboot, a second QEMU with iommu.strict=1, and a third with 2 CPUs and 4 GiB")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="also a reboot, a second QEMU with iommu.strict=1, and a third with 2 CPUs and 4 GiB",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
-    parser.add_argument("--dry-run", action="store_true", help="print a line that serves the functions and runs this QEMU, and do not run it")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print a line that serves the functions and runs this QEMU, and do not run it",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the logs of a run that passed, too")
     parser.set_defaults(run=run)
 
@@ -61,33 +71,31 @@ def _boot(machine: Machine, args: argparse.Namespace, folder: RunFolder) -> int:
         parts = Parts.gather(machine, kernel=args.kernel, initrd=args.initrd, accel=args.accel)
         sockets = {function.name: folder.socket(function.name) for function in machine.functions}
         folder.socket("monitor")  # said now if it is too long, not in the middle
-        report = asyncio.run(_run(machine, args, folder, parts, lambda: Backend(machine, sockets, disks), progress))
+
+        async def boot() -> Report:
+            backend = Backend(machine, sockets, disks)
+            return await _run(backend, Boot(backend, parts, folder, progress), full=args.full)
+
+        report = asyncio.run(boot())
+    if args.keep or not report.ok:
+        report = replace(report, log_dir=folder.logs)
     _print(report, args)
     if report.lost_part is not None:
         raise VmLost(report.lost_part, report.lost_reason)
     return EXIT_OK if report.ok else EXIT_CHECK_FAILED
 
 
-async def _run(
-    machine: Machine,
-    args: argparse.Namespace,
-    folder: RunFolder,
-    parts: Parts,
-    make: Callable[[], Backend],
-    progress: Callable[[str], None],
-) -> Report:
-    backend = make()
-    boot = Boot(backend, parts, folder, progress)
-    lost: VmLost | None = None
+async def _run(backend: Backend, boot: Boot, *, full: bool) -> Report:
+    """What was known when the VM was lost is reported as well."""
     try:
         await backend.start()
-        await backend.watch(boot.run(rounds(machine, full=args.full)))
-    except VmLost as error:
-        lost = error
+        await backend.watch(boot.run(rounds(backend.machine, full=full)))
+    except VmLost as lost:
+        return report_of(boot, lost)
+    else:
+        return report_of(boot)
     finally:
-        report = report_of(boot, lost, folder.logs if lost or args.keep else None)
         await backend.close()
-    return report
 
 
 def _dry_run(machine: Machine, args: argparse.Namespace) -> int:
@@ -121,5 +129,3 @@ def _print(report: Report, args: argparse.Namespace) -> None:
         print(report.to_json())
     else:
         report.render()
-
-

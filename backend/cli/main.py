@@ -15,7 +15,7 @@ EPILOG = """exit codes: 0 all passed, 1 a check failed, 2 could not run, 3 the V
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="vioasid",
-        description="A virtual IOMMU with real nested translation for stock QEMU guests, and the IOASID uAPI behind it.",
+        description="A virtual IOMMU with real nested translation for stock QEMU guests, and the IOASID uAPI.",
         epilog=EPILOG,
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -16,14 +16,30 @@ DEFAULT_MACHINE = "q35-amd"
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--machine", default=DEFAULT_MACHINE, metavar="NAME", help=f"a file of qemu-configs/ by its name, or a path ({DEFAULT_MACHINE})")
-    parser.add_argument("--kernel", type=Path, metavar="FILE", help="a bzImage of your own; its modules are taken from /lib/modules")
-    parser.add_argument("--initrd", type=Path, metavar="FILE", help="an initramfs of your own (it must run init of guest-tests/ for the checks)")
+    parser.add_argument(
+        "--machine",
+        default=DEFAULT_MACHINE,
+        metavar="NAME",
+        help=f"a file of qemu-configs/ by its name, or a path ({DEFAULT_MACHINE})",
+    )
+    parser.add_argument(
+        "--kernel", type=Path, metavar="FILE", help="a bzImage of your own; its modules are taken from /lib/modules"
+    )
+    parser.add_argument(
+        "--initrd",
+        type=Path,
+        metavar="FILE",
+        help="an initramfs of your own (it must run init of guest-tests/ for the checks)",
+    )
     parser.add_argument("--append", default="", metavar="STR", help="added to the kernel line, as iommu.strict=1")
     parser.add_argument("--memory", metavar="SIZE", help="guest memory, as 4G")
     parser.add_argument("--cpus", type=int, metavar="N", help="virtual CPUs")
-    parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto: KVM where it works, else TCG")
-    parser.add_argument("--disk", type=Path, metavar="FILE", help="the namespace of the first NVMe controller; without it, memory")
+    parser.add_argument(
+        "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto: KVM where it works, else TCG"
+    )
+    parser.add_argument(
+        "--disk", type=Path, metavar="FILE", help="the namespace of the first NVMe controller; without it, memory"
+    )
     parser.add_argument("--disk-size", metavar="SIZE", help="create or extend --disk FILE to this size")
 
 
@@ -50,5 +66,3 @@ def namespaces(machine: Machine, args: argparse.Namespace) -> Iterator[dict[str,
             opened[endpoint.name] = namespace
             stack.callback(namespace.close)
         yield opened
-
-

@@ -34,10 +34,24 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser("serve", help="serve a machine's functions for your own QEMU", description=__doc__)
     add_machine_options(parser)
-    parser.add_argument("--name", metavar="NAME", help="the run's name, after which its sockets' folder is called (the machine's)")
-    parser.add_argument("--bar", type=lambda text: int(text, 0), metavar="ADDRESS", help="where your firmware puts the IOMMU's BAR 0, if it is not where ours does")
-    parser.add_argument("--json", action="store_true", help='print one line {"ready", "sockets", "arguments", "bar"} in place of text')
-    parser.add_argument("command", nargs="*", metavar="COMMAND", help="after --: run this as soon as all sockets listen, end when it ends, with its exit code")
+    parser.add_argument(
+        "--name", metavar="NAME", help="the run's name, after which its sockets' folder is called (the machine's)"
+    )
+    parser.add_argument(
+        "--bar",
+        type=lambda text: int(text, 0),
+        metavar="ADDRESS",
+        help="where your firmware puts the IOMMU's BAR 0, if it is not where ours does",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help='print one line {"ready", "sockets", "arguments", "bar"} in place of text'
+    )
+    parser.add_argument(
+        "command",
+        nargs="*",
+        metavar="COMMAND",
+        help="after --: run this as soon as all sockets listen, end when it ends, with its exit code",
+    )
     parser.set_defaults(run=run)
 
 
@@ -45,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     """Serves until interrupted, or until COMMAND ends."""
     machine = chosen_machine(args)
     with RunFolder(args.name or machine.name) as folder:
-        code = supervise(lambda: guarded(lambda: _serve(machine, args, folder)), lambda _: None, own_group=not args.command)
+        code = supervise(
+            lambda: guarded(lambda: _serve(machine, args, folder)), lambda _: None, own_group=not args.command
+        )
         folder.keep_logs = any(folder.logs.iterdir())
         if folder.keep_logs:
             notice(f"logs: {folder.logs}")
@@ -82,7 +98,12 @@ def _say_ready(machine: Machine, args: argparse.Namespace, parts: Parts, sockets
     command = parts.command(machine, sockets).with_ivrs(parts.ivrs(machine, bar))
     arguments = command.functions()
     if args.json:
-        ready = {"ready": True, "sockets": {name: str(path) for name, path in sockets.items()}, "arguments": arguments, "bar": bar}
+        ready = {
+            "ready": True,
+            "sockets": {name: str(path) for name, path in sockets.items()},
+            "arguments": arguments,
+            "bar": bar,
+        }
         print(json.dumps(ready), flush=True)
         return
     print(
@@ -90,7 +111,8 @@ def _say_ready(machine: Machine, args: argparse.Namespace, parts: Parts, sockets
         f"{shlex.join(arguments)}\n"
         "# and the kernel line intremap=off. The IVRS says that the firmware puts the IOMMU's registers at "
         f"{bar:#x}, as QEMU {parts.qemu.version} does with this memory;\n"
-        "# if yours puts them elsewhere (info pci), start again with --bar ADDRESS. A whole line that runs: vioasid boot --dry-run\n"
+        "# if yours puts them elsewhere (info pci), start again with --bar ADDRESS.\n"
+        "# A whole line that runs: vioasid boot --dry-run\n"
         "ready",
         flush=True,
     )
@@ -111,5 +133,3 @@ async def _command(argv: list[str]) -> int:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-
-

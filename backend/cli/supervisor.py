@@ -1,4 +1,4 @@
-"""Does the work in a child process, so that even a backend that crashes ends with a message, an exit code and nothing left behind."""
+"""Work in a child process: even a backend that crashes ends with a message, an exit code and nothing left behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def supervise(work: Callable[[], int], crashed: Callable[[str], None], *, own_gr
     """The exit code of `work`, done in a child process.
 
     It has a process group of its own, so that a Ctrl-C reaches it once, through us; without one (`own_group`), where it
-    hands the terminal to a command, the terminal signals it directly. A child that dies by a signal is a lost backend, and `crashed` is told so in a sentence. Its QEMU dies with it
+    hands the terminal to a command, the terminal signals it directly. A child that
+    dies by a signal is a lost backend, and `crashed` is told so in a sentence. Its QEMU dies with it
     (PR_SET_PDEATHSIG), as it does itself when we are killed.
     """
     sys.stdout.flush()
@@ -75,7 +76,9 @@ def supervise(work: Callable[[], int], crashed: Callable[[str], None], *, own_gr
             os._exit(code)
 
     def hand_on(number: int, _frame: object) -> None:
-        if not asked and (own_group or number != signal.SIGINT):  # the work is ending already: a second signal would only cut its clearing up short
+        if not asked and (
+            own_group or number != signal.SIGINT
+        ):  # the work is ending already: a second signal would only cut its clearing up short
             os.kill(child, signal.SIGINT)
         asked.append(number)
 

@@ -35,10 +35,11 @@ class Backend:
         self.iommu = AmdIommu(self.context, self.stage2, [f.rid for f in machine.endpoints], name=machine.iommu.name)
         self.controllers = {f.name: NvmeController(namespaces[f.name], name=f.name) for f in machine.endpoints}
         self.faults: deque[Fault] = deque(maxlen=FAULTS_KEPT)
-        self.iommu.on_enable = lambda: self.meter.switch(on=True)
-        self.iommu.on_disable = lambda: self.meter.switch(on=False)
         self.servers = [self._connect(function, rid, sockets) for function, rid in self._functions()]
-        self.meter = TrafficMeter([controller.dma for controller in self.controllers.values()])
+        meter = TrafficMeter([controller.dma for controller in self.controllers.values()])
+        self.iommu.on_enable = lambda: meter.switch(on=True)
+        self.iommu.on_disable = lambda: meter.switch(on=False)
+        self.meter = meter
         self.context.attach(machine.iommu.rid, self.stage2)
         self.engine.set_router(self.iommu.route)
         self.engine.on_fault(self.iommu.on_fault)
@@ -58,7 +59,9 @@ class Backend:
             for server, failure in zip(self.servers, failed, strict=True):
                 if failure.done():
                     error = failure.result()
-                    raise VmLost("backend", f"{server.function.name} failed: {type(error).__name__}: {error}") from error
+                    raise VmLost(
+                        "backend", f"{server.function.name} failed: {type(error).__name__}: {error}"
+                    ) from error
             return task.result()
         finally:
             for each in (task, *failed):

@@ -1,6 +1,6 @@
 """Where the firmware puts the IOMMU's BAR: learnt once for each configuration, remembered in the cache folder.
 
-The IVRS must name that address before QEMU starts, and the firmware gives the same one on every boot of one configuration.
+The IVRS must name that address before QEMU starts; the firmware gives the same one on every boot of one configuration.
 """
 
 from __future__ import annotations

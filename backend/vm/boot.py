@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from backend.vm.backend import Backend
@@ -18,13 +19,14 @@ from backend.vm.lost import VmLost
 from backend.vm.machine import Machine
 from backend.vm.parts import Parts
 from backend.vm.qemu_command import QemuCommand
-from backend.vm.qemu_process import QemuProcess
+from backend.vm.qemu_process import QemuProcess, how_ended
 from backend.vm.report import Check, DmaExample
 from backend.vm.run_folder import RunFolder
 from backend.vm.traffic import Traffic
 
 POWER_OFF_SECONDS = 30  # Linux takes 0.2 s from the answer to the end of QEMU
 CHANNEL_SECONDS = 10  # QEMU connects its chardevs before it answers on the monitor
+RESETS_A_REBOOT = 2  # the guest's own, and another by SeaBIOS where it finds its memory as the guest left it
 CONSOLE_TAIL = 1 << 16  # bytes at the end of the console's log in which a panic is looked for
 
 
@@ -50,7 +52,7 @@ class Outcome:
 
 
 def rounds(machine: Machine, *, full: bool) -> list[Round]:
-    """The one boot of a plain run; for a full one also a reboot, a strict guest in a second QEMU, and a large guest in a third."""
+    """One boot; a full run reboots too, then has a strict guest in a second QEMU and a large one in a third."""
     if not full:
         return [Round("boot", machine)]
     large = dataclasses.replace(machine, memory=4 << 30, cpus=2)
@@ -63,7 +65,7 @@ def rounds(machine: Machine, *, full: bool) -> list[Round]:
 
 @dataclass(slots=True)
 class Boot:
-    """Runs rounds on a backend that listens already. `outcomes` fills as boots end, so that a lost VM leaves what was known."""
+    """Runs rounds on a backend that listens; `outcomes` fills as boots end, so a lost VM leaves what came before."""
 
     backend: Backend
     parts: Parts
@@ -96,9 +98,13 @@ class Boot:
         async with self._qemu(command, "firmware") as (qemu, _, _):
             await qemu.resume()
             try:
-                address = await qemu.while_alive(qemu.placed_bar_address(machine.iommu.slot, 0), machine.limits.firmware)
+                address = await qemu.while_alive(
+                    qemu.placed_bar_address(machine.iommu.slot, 0), machine.limits.firmware
+                )
             except TimeoutError as error:
-                raise VmLost("guest", f"the firmware did not place the IOMMU's BAR within {machine.limits.firmware:g} s") from error
+                raise VmLost(
+                    "guest", f"the firmware did not place the IOMMU's BAR within {machine.limits.firmware:g} s"
+                ) from error
         memory.learn(address)
         return address
 
@@ -106,72 +112,64 @@ class Boot:
         async with self._qemu(command, each.name) as (qemu, reader, writer):
             self.backend.meter.begin()
             await qemu.resume()
-            watch = asyncio.create_task(self._watch(qemu, each, len(each.boots) - 1))
+            watch = asyncio.create_task(self._watch(qemu, each, RESETS_A_REBOOT * (len(each.boots) - 1)))
             try:
-                for index, name in enumerate(each.boots):
-                    last = index == len(each.boots) - 1
+                for name in each.boots:
                     self.progress(f"{name}: starting")
-                    await self._session(name, each, qemu, (reader, writer), watch, bar, Step.POWER_OFF if last else Step.REBOOT)
-                await self._ended(qemu, each)
+                    step = Step.POWER_OFF if name == each.boots[-1] else Step.REBOOT
+                    progress = partial(self._said, name)
+                    host = HostSide(self.backend, qemu, bar, step=step, progress=progress)
+                    session = GuestSession(reader, writer, Times(each.machine.limits.boot, each.machine.limits.checks))
+                    await self._session(name, each, session, host, watch)
+                await self._ended(qemu)
+            except BarMoved:
+                BarMemory(self.parts.cache, each.machine, self.parts.qemu.version).forget()
+                raise
             finally:
                 watch.cancel()
 
+    def _said(self, name: str, text: str) -> None:
+        self.progress(f"{name}: {text}")
+
     async def _session(
-        self,
-        name: str,
-        each: Round,
-        qemu: QemuProcess,
-        channel: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-        watch: asyncio.Task[None],
-        bar: int,
-        step: Step,
+        self, name: str, each: Round, session: GuestSession, host: HostSide, watch: asyncio.Task[None]
     ) -> None:
-        """One boot, until the guest was told what to do next; the first to fail of guest, watch and QEMU is what is told."""
-        host = HostSide(self.backend, qemu, bar, step=step, progress=lambda text: self.progress(f"{name}: {text}"))
-        limits = each.machine.limits
-        session = GuestSession(*channel, Times(limits.boot, limits.checks))
+        """One boot, until the guest was told what to do next. Whoever goes first, guest, watch or QEMU, is told."""
         loop = asyncio.get_running_loop()
         begin = loop.time()
-
-        def ended(result: GuestResult) -> None:
-            self.outcomes.append(Outcome(name, result, host.checks, host.traffic, host.example, loop.time() - begin))
-
         work = asyncio.create_task(session.run(host))
+        limits = each.machine.limits
         try:
-            whole = limits.boot + limits.checks + POWER_OFF_SECONDS
-            await qemu.while_alive(_first(work, watch), whole)
-            result = await work
-        except BarMoved:
-            BarMemory(self.parts.cache, each.machine, self.parts.qemu.version).forget()
-            raise
-        except VmLost as lost:
-            ended(session.result())
-            if isinstance(lost, GuestLost) and (panic := self._panic(each)):
+            await host.qemu.while_alive(_first(work, watch), limits.boot + limits.checks + POWER_OFF_SECONDS)
+        except GuestLost as lost:
+            if panic := self._panic(each):
                 raise VmLost("guest", panic) from lost
             raise
         finally:
             work.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await work
-        ended(result)
+            await asyncio.wait({work})
+            seconds = loop.time() - begin
+            self.outcomes.append(Outcome(name, session.result(), host.checks, host.traffic, host.example, seconds))
         self.backend.meter.begin()
 
-    async def _watch(self, qemu: QemuProcess, each: Round, reboots: int) -> None:
+    async def _watch(self, qemu: QemuProcess, each: Round, resets: int) -> None:
         """Ends with VmLost when the guest resets more often than it was told to: that is how a panic shows."""
         while True:
             name, reason = await qemu.next_event()
             if name == "RESET" and reason == "guest-reset":
-                reboots -= 1
-                if reboots < 0:
+                resets -= 1
+                if resets < 0:
                     raise VmLost("guest", self._panic(each) or "the guest reset itself")
 
-    async def _ended(self, qemu: QemuProcess, each: Round) -> None:
+    async def _ended(self, qemu: QemuProcess) -> None:
         try:
             code = await asyncio.wait_for(qemu.wait(), POWER_OFF_SECONDS)
         except TimeoutError as error:
             raise VmLost("guest", f"the guest did not power off within {POWER_OFF_SECONDS} s") from error
         if code != 0:
-            raise VmLost("qemu", f"QEMU ended {_how(code)} at the guest's power-off: {qemu.last_words() or 'it said nothing'}")
+            raise VmLost(
+                "qemu", f"QEMU ended {how_ended(code)} at the power-off: {qemu.last_words() or 'it said nothing'}"
+            )
 
     @contextlib.asynccontextmanager
     async def _qemu(
@@ -179,7 +177,9 @@ class Boot:
     ) -> AsyncIterator[tuple[QemuProcess, asyncio.StreamReader, asyncio.StreamWriter]]:
         """A QEMU that is about to run, and the guest's channel."""
         monitor, channel = self.folder.socket("monitor"), self.folder.socket("channel")
-        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.get_running_loop().create_future()
+        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
+            asyncio.get_running_loop().create_future()
+        )
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if connected.done():
@@ -227,7 +227,3 @@ async def _first(work: asyncio.Task[GuestResult], watch: asyncio.Task[None]) -> 
         watch.result()
     if work.done():
         work.result()
-
-
-def _how(code: int) -> str:
-    return f"by signal {-code}" if code < 0 else f"with exit code {code}"

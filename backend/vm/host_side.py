@@ -21,7 +21,9 @@ PAGE = 4096
 COMMAND_BYTES = 64  # a submission queue entry (NVM Express 1.4, 4.2)
 MARK = b"vioasid isolation probe " * 8  # found in guest memory, it would name who wrote it
 UNMAP_SECONDS = 5  # a lazy kernel flushes after 10 ms; a loaded TCG guest gets five hundred times that
-NEVER_MAPPED = range(0x4000_0000, 0x8000_0000, PAGE)  # Linux gives IOVAs from 4 GiB downwards, and only as many as it needs
+NEVER_MAPPED = range(
+    0x4000_0000, 0x8000_0000, PAGE
+)  # Linux gives IOVAs from 4 GiB downwards, and only as many as it needs
 
 
 class BarMoved(CannotRun):
@@ -35,7 +37,7 @@ class HostSide:
         self, backend: Backend, qemu: QemuProcess, bar: int, *, step: Step, progress: Callable[[str], None]
     ) -> None:
         self._backend = backend
-        self._qemu = qemu
+        self.qemu = qemu
         self._bar = bar
         self._step = step
         self._progress = progress
@@ -44,14 +46,14 @@ class HostSide:
         self.example: DmaExample | None = None
 
     async def ready(self, facts: Mapping[str, str]) -> None:
-        """Is the IOMMU where the IVRS says? Its driver has used that address, so it is late to find out, but not silent."""
+        """Is the IOMMU where the IVRS says? Its driver has used that address already: late to find out, not silent."""
         self._progress("checking")
         iommu = self._backend.machine.iommu
-        found = await self._qemu.bar_address(iommu.slot, 0)
+        found = await self.qemu.bar_address(iommu.slot, 0)
         if found != self._bar:
             raise BarMoved(
-                f"the registers of {iommu.name} stand at {found or 0:#x}, and the IVRS told the guest {self._bar:#x}, learnt in an "
-                "earlier run; that address has been forgotten: run again to learn the new one"
+                f"the registers of {iommu.name} stand at {found or 0:#x}, and the IVRS told the guest {self._bar:#x}, "
+                "learnt in an earlier run; that address has been forgotten: run again to learn the new one"
             )
 
     async def checked(self, test: ktap.Test) -> None:
@@ -117,7 +119,7 @@ class HostSide:
 
         Only the IOMMU's own event log may change: that is where the guest is told.
         """
-        await self._qemu.pause()
+        await self.qemu.pause()
         try:
             exclude = [self._backend.iommu.event_log_range]
             before = await asyncio.to_thread(self._backend.memory.snapshot, exclude)
@@ -125,7 +127,7 @@ class HostSide:
             read = controller.probe_read(iova, PAGE)
             after = await asyncio.to_thread(self._backend.memory.snapshot, exclude)
         finally:
-            await self._qemu.resume()
+            await self.qemu.resume()
         changed = before.changed(after)
         if written is None or not isinstance(read, Fault):
             what = "write" if written is None else "read"
@@ -152,10 +154,14 @@ class HostSide:
     def _traffic_checks(self) -> list[Check]:
         traffic = self.traffic
         moved = f"{traffic.moved} of {traffic.translations} translated requests found a GPA other than the IOVA"
-        passed = f"{traffic.bypassed} requests since the guest enabled its IOMMU, {traffic.before_iommu} before (firmware)"
+        passed = (
+            f"{traffic.bypassed} requests since the guest enabled its IOMMU, {traffic.before_iommu} before (firmware)"
+        )
         commands = ", ".join(f"{count} {opcode.name}" for opcode, count in sorted(self._backend.iommu.commands.items()))
         return [
             Check("dma/translated", "pass" if traffic.moved else "fail", moved),
             Check("dma/bypassed", "fail" if traffic.bypassed else "pass", passed),
-            Check("dma/iommu-commands", "pass" if commands else "fail", commands or "the guest gave its IOMMU no command"),
+            Check(
+                "dma/iommu-commands", "pass" if commands else "fail", commands or "the guest gave its IOMMU no command"
+            ),
         ]

@@ -107,7 +107,9 @@ def load(name: str) -> Machine:
         text = path.read_text()
     except OSError as error:
         if not name.endswith(".toml"):
-            raise CannotRun(f"there is no machine {name!r}: choose one of {', '.join(names())}, or give the path of a .toml file") from error
+            raise CannotRun(
+                f"there is no machine {name!r}: choose one of {', '.join(names())}, or give the path of a .toml file"
+            ) from error
         raise CannotRun(f"{path}: {error.strerror}; give a machine file that can be read") from error
     try:
         return parse(path.stem, tomllib.loads(text))
@@ -143,12 +145,16 @@ def parse(name: str, data: Mapping[str, Any]) -> Machine:
 
 def _function(entry: Mapping[str, Any]) -> FunctionConfig:
     _known("[[function]]", entry, {"name", "model", "slot", "size"})
-    function = FunctionConfig(str(entry["name"]), str(entry["model"]), int(entry["slot"]), parse_size(entry.get("size", 0)))
+    function = FunctionConfig(
+        str(entry["name"]), str(entry["model"]), int(entry["slot"]), parse_size(entry.get("size", 0))
+    )
     if function.model not in IOMMU_MODELS | ENDPOINT_MODELS:
         known = ", ".join(sorted(IOMMU_MODELS | ENDPOINT_MODELS))
         raise ValueError(f"function {function.name!r} has the unknown model {function.model!r} (known: {known})")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,15}", function.name):
-        raise ValueError(f"function name {function.name!r} must be 1 to 16 of a-z, 0-9 and '-': its socket is named after it")
+        raise ValueError(
+            f"function name {function.name!r} must be 1 to 16 of a-z, 0-9 and '-': its socket is named after it"
+        )
     if not 1 <= function.slot <= 30:
         raise ValueError(f"function {function.name!r} has slot {function.slot}: 1 to 30 are free on q35's root bus")
     return function
@@ -170,7 +176,9 @@ def _check_functions(machine: Machine) -> None:
 
 def _check_resources(machine: Machine, where: str) -> None:
     if not MIN_MEMORY <= machine.memory <= MAX_MEMORY or machine.memory % (2 << 20):
-        raise CannotRun(f"{where}: {machine.memory} bytes of guest memory cannot be used; give 128M to 1T, a multiple of 2M")
+        raise CannotRun(
+            f"{where}: {machine.memory} bytes of guest memory cannot be used; give 128M to 1T, a multiple of 2M"
+        )
     if not 1 <= machine.cpus <= MAX_CPUS:
         raise CannotRun(f"{where}: {machine.cpus} CPUs cannot be used; give 1 to {MAX_CPUS}")
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from backend.viommu.amd import features
-from backend.viommu.amd import ivrs_table
+from backend.viommu.amd import features, ivrs_table
 from backend.vm import assets, kvm
 from backend.vm.cache import cache_dir
 from backend.vm.errors import CannotRun

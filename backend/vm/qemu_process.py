@@ -63,7 +63,9 @@ class QemuProcess:
         except VmLost as lost:
             raise CannotRun(f"QEMU gave up before the guest ran: {self.last_words() or lost}") from lost
         except TimeoutError as error:
-            raise CannotRun(f"QEMU did not answer on its monitor within {START_SECONDS} s: {self.last_words() or 'it said nothing'}") from error
+            raise CannotRun(
+                f"QEMU did not answer on its monitor within {START_SECONDS} s: {self.last_words() or 'it said nothing'}"
+            ) from error
 
     async def while_alive(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
         """The result of `work`; VmLost as soon as QEMU ends before it, TimeoutError after `seconds`."""
@@ -74,7 +76,9 @@ class QemuProcess:
             if task.done():
                 return task.result()
             if self._exit.done():
-                raise VmLost("qemu", f"QEMU ended {_how(self._exit.result())}: {self.last_words() or 'it said nothing'}")
+                raise VmLost(
+                    "qemu", f"QEMU ended {how_ended(self._exit.result())}: {self.last_words() or 'it said nothing'}"
+                )
             raise TimeoutError
         finally:
             if not task.done():
@@ -142,5 +146,6 @@ class QemuProcess:
             await self._qmp.disconnect()
 
 
-def _how(code: int) -> str:
+def how_ended(code: int) -> str:
+    """What an exit code of a process says: "by SIGKILL", "with exit code 1"."""
     return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"

@@ -1,4 +1,4 @@
-"""The folders of one run: a private one for its sockets, gone when the run ends, and one for its logs, kept when it fails."""
+"""The folders of a run: a private one for its sockets, gone when it ends, and one for logs, kept when it fails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class RunFolder:
             self.logs.mkdir(parents=True)
         except OSError as error:
             self.close()
-            raise CannotRun(f"{self.logs}: {error.strerror}; set XDG_STATE_HOME to a folder that can be written") from error
+            raise CannotRun(
+                f"{self.logs}: {error.strerror}; set XDG_STATE_HOME to a folder that can be written"
+            ) from error
 
     def socket(self, name: str) -> Path:
         """The path of a socket in this run; CannotRun if the kernel could not take a path of that length."""
@@ -54,12 +56,14 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def runtime_folder() -> Path:
-    """Where runs keep their sockets: $XDG_RUNTIME_DIR/vioasid, else a folder of this user's own in the temporary folder."""
+    """Where runs keep their sockets: $XDG_RUNTIME_DIR/vioasid, else a folder of this user in the temporary folder."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(runtime) / "vioasid" if runtime else Path(tempfile.gettempdir()) / f"vioasid-{os.getuid()}"
     try:
@@ -68,7 +72,9 @@ def runtime_folder() -> Path:
     except OSError as error:
         raise CannotRun(f"{folder}: {error.strerror}; set XDG_RUNTIME_DIR to a folder that can be written") from error
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
-        raise CannotRun(f"{folder} is not a folder of this user alone (mode 0700); remove it, or set XDG_RUNTIME_DIR to another folder")
+        raise CannotRun(
+            f"{folder} is not a folder of this user alone (mode 0700); remove it, or set XDG_RUNTIME_DIR"
+        )
     return folder
 
 
@@ -86,7 +92,9 @@ def _lock(path: Path) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(handle)
-            raise CannotRun(f"a run called {path.name!r} is active already; end it, or give this one another name (--name)") from error
+            raise CannotRun(
+                f"a run called {path.name!r} is active already; end it, or give this one another name (--name)"
+            ) from error
         if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
             break
         os.close(handle)
@@ -101,6 +109,8 @@ def _logs_folder() -> Path:
 
 
 def _forget_old_logs() -> None:
-    folders = sorted((path for path in _logs_folder().iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    folders = sorted(
+        (path for path in _logs_folder().iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime
+    )
     for old in folders[:-LOGS_KEPT]:
         shutil.rmtree(old, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 from backend.vm.boot import Boot, Outcome
 from backend.vm.lost import VmLost
@@ -13,8 +12,8 @@ from backend.vm.report import Check, Report, guest_checks
 KERNEL_LINE = "text"  # what `ready` calls it
 
 
-def report_of(boot: Boot, lost: VmLost | None, log_dir: Path | None) -> Report:
-    """Checks of every boot under its name (a single one goes without), facts of the first guest, DMA of all together."""
+def report_of(boot: Boot, lost: VmLost | None = None) -> Report:
+    """Checks of every boot under its name (a single one goes without), facts of the first guest, DMA of all."""
     several = len(boot.outcomes) > 1
     checks: list[Check] = []
     for outcome in boot.outcomes:
@@ -26,7 +25,6 @@ def report_of(boot: Boot, lost: VmLost | None, log_dir: Path | None) -> Report:
         guest=_facts(boot.outcomes),
         dma=_dma(boot),
         example=next((outcome.example for outcome in boot.outcomes if outcome.example is not None), None),
-        log_dir=log_dir,
         lost_part=lost.part if lost is not None else None,
         lost_reason=str(lost) if lost is not None else "",
     )
