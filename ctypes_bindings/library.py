@@ -46,7 +46,7 @@ class Library:
             declared.argtypes = arguments
             self._functions[function] = declared
         libc = ctypes.PyDLL(None)
-        self._errno = libc.__errno_location
+        self._errno = libc["__errno_location"]  # by item: an attribute would be mangled inside a class
         self._errno.restype = ctypes.POINTER(ctypes.c_int)
         self._errno.argtypes = ()
 

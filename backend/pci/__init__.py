@@ -15,10 +15,11 @@ from backend.pci.capabilities import (
     VendorSpecific,
 )
 from backend.pci.config_space import ConfigSpace
-from backend.pci.dma import DmaPort
+from backend.pci.dma import DmaPort, DmaRegion
 from backend.pci.function import PciFunction, ResetKind
 from backend.pci.ids import PciIds
 from backend.pci.registers import Register, RegisterTable
+from backend.pci.server import FunctionServer, SocketRefused
 
 __all__ = [
     "Ats",
@@ -26,7 +27,9 @@ __all__ = [
     "Capability",
     "ConfigSpace",
     "DmaPort",
+    "DmaRegion",
     "Dsn",
+    "FunctionServer",
     "Msi",
     "Msix",
     "Pasid",
@@ -39,5 +42,6 @@ __all__ = [
     "Register",
     "RegisterTable",
     "ResetKind",
+    "SocketRefused",
     "VendorSpecific",
 ]

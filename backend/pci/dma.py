@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-    from backend.core import Fault, RouteCounters
+    from backend.core import Access, Fault, RouteCounters
 
 
 class DmaPort(Protocol):
@@ -39,3 +40,16 @@ class DmaPort(Protocol):
 
     @property
     def counters(self) -> RouteCounters: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DmaRegion:
+    """Guest memory that a client mapped for a function. Address and size are bytes, whole pages of 4 KiB.
+
+    `hva` is where it lies in this process, valid until the region is unmapped; None for memory without a file (ROM).
+    """
+
+    gpa: int
+    size: int
+    hva: int | None
+    access: Access

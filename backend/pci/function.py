@@ -135,7 +135,12 @@ class PciFunction:
     @property
     def interrupt_vectors(self) -> int:
         """The most vectors that MSI or MSI-X offers; 0 for a function without interrupts."""
-        return max(self._msi.vectors if self._msi else 0, self._msix.vectors if self._msix else 0)
+        return max(self.interrupt_counts)
+
+    @property
+    def interrupt_counts(self) -> tuple[int, int]:
+        """Vectors of MSI and of MSI-X."""
+        return self._msi.vectors if self._msi else 0, self._msix.vectors if self._msix else 0
 
     @property
     def pending_interrupts(self) -> frozenset[int]:

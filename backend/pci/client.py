@@ -1,0 +1,267 @@
+"""One vfio-user client of a function: its socket, its messages, and what it may cost.
+
+A client owns nothing but its own connection. Reads and writes never wait; a message is acted upon when it is whole;
+a client that does not read its replies is not read from; a turn is bounded, so that others have theirs.
+
+Accesses of 1, 2, 4 or 8 bytes to a BAR or to config space go straight to the function: that is the round trip a guest
+waits for. Every other message is vetted, then answered by libvfio-user (session.py).
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import enum
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+from typing import Protocol
+
+from backend.pci.function import PciFunction
+from backend.pci.messages import (
+    ACCESS,
+    DESCRIPTORS_MAX,
+    FLAG_NO_REPLY,
+    REGION_READ,
+    REGION_WRITE,
+    TYPE_REPLY,
+    VERSION,
+    Framer,
+    FramingError,
+    Message,
+)
+from backend.pci.session import CONFIG_REGION, Session
+from ctypes_bindings import LibraryError, errno_of
+
+MESSAGES_A_TURN = 64
+"""Messages served before other connections have their turn: under a millisecond of register accesses."""
+
+_ANCILLARY = socket.CMSG_SPACE(DESCRIPTORS_MAX * 4)
+_RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_WIDTHS = ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))
+_NUMBER = {size: struct.Struct("<" + code) for size, code in _WIDTHS}
+_READ_REPLY = {size: struct.Struct(ACCESS.format + code) for size, code in _WIDTHS}
+
+
+class State(enum.Enum):
+    """What is awaited of a client: its version, its requests, nothing any more."""
+
+    GREETING = "greeting"
+    SERVED = "served"
+    GONE = "gone"
+
+
+class Owner(Protocol):
+    """The server, as a client sees it."""
+
+    function: PciFunction
+    log: logging.Logger
+    region_sizes: dict[int, int]
+
+    def greeted(self, client: Client, version: Message) -> None:
+        """The client has sent its version: attach it or refuse it."""
+
+    def lost(self, client: Client) -> None:
+        """The client is gone; its socket is closed already."""
+
+    def record(self, error: BaseException) -> None:
+        """The function's own code raised."""
+
+
+class Client:
+    """A connection from the moment it is accepted until it ends, by either side."""
+
+    def __init__(self, owner: Owner, connection: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        connection.setblocking(False)
+        self.state = State.GREETING
+        self.session: Session | None = None
+        self._owner = owner
+        self._function = owner.function
+        self._region_sizes = owner.region_sizes
+        self._connection = connection
+        self._loop = loop
+        self._framer = Framer()
+        self._unsent = b""
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+        loop.add_reader(connection, self._turn)
+
+    def serve(self, session: Session) -> None:
+        """The version is agreed on: requests go to this session from now on."""
+        self.session = session
+        self.state = State.SERVED
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the other side has closed, whatever it left to be read."""
+        poll = select.poll()
+        poll.register(self._connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def close(self, why: str) -> None:
+        """End the connection; the owner is told once."""
+        if self.state is State.GONE:
+            return
+        self._owner.log.info("%s: client gone: %s", self._function.name, why)
+        self.state = State.GONE
+        self._loop.remove_reader(self._connection)
+        self._loop.remove_writer(self._connection)
+        self._connection.close()
+        _close_all(self._framer.abandoned())
+        self._owner.lost(self)
+
+    def send(self, reply: bytes) -> None:
+        """Send, or keep what does not fit; nothing more is read from the client until that is gone."""
+        try:
+            sent = self._connection.send(reply)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self.close(f"cannot be written to: {error.strerror}")
+            return
+        if sent != len(reply):
+            self._unsent = reply[sent:]
+            self._loop.remove_reader(self._connection)
+            self._loop.add_writer(self._connection, self._writable)
+
+    # Turns
+
+    def _turn(self) -> None:
+        """Serve what has come, at most MESSAGES_A_TURN messages, then let the function finish its batch."""
+        framer = self._framer
+        budget = MESSAGES_A_TURN
+        try:
+            while self._reading:
+                if framer.start != framer.end:
+                    if self.session is not None:
+                        budget = self._serve_accesses(budget)
+                        if not self._reading:
+                            break
+                    if budget <= 0:
+                        self._loop.call_soon(self._continue)
+                        break
+                    message = framer.next()
+                    if message is not None:
+                        budget -= 1
+                        self._handle(message)
+                        continue
+                if not self._poll.poll(0) or not self._receive():
+                    break
+        except FramingError as error:
+            self.close(str(error))
+        if self.state is State.SERVED:
+            try:
+                self._function.drained()
+            except Exception as error:
+                self._owner.record(error)
+
+    @property
+    def _reading(self) -> bool:
+        """Whether there is still someone to read from, and nothing that must be sent first."""
+        return not self._unsent and self.state is not State.GONE
+
+    def _continue(self) -> None:
+        if self._reading:
+            self._turn()
+
+    def _writable(self) -> None:
+        reply, self._unsent = self._unsent, b""
+        self._loop.remove_writer(self._connection)
+        self._loop.add_reader(self._connection, self._turn)
+        self.send(reply)
+        self._continue()
+
+    def _receive(self) -> bool:
+        """Take what the socket holds; False when there is nothing to go on with."""
+        try:
+            count, ancillary, flags, _ = self._connection.recvmsg_into((self._framer.room(),), _ANCILLARY, _RECEIVE)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.close(f"cannot be read from: {error.strerror}")
+            return False
+        descriptors: list[int] = []
+        for _, _, data in ancillary:
+            whole = array.array("i")
+            whole.frombytes(data[: len(data) - len(data) % whole.itemsize])
+            descriptors += whole
+        if count and not flags & socket.MSG_CTRUNC:
+            self._framer.received(count, descriptors)
+            return True
+        _close_all(descriptors)
+        self.close(f"more than {DESCRIPTORS_MAX} file descriptors at once" if count else "closed by the other side")
+        return False
+
+    # Messages
+
+    def _serve_accesses(self, budget: int) -> int:
+        """Serve the accesses of 1, 2, 4 or 8 bytes at the front of the stream; returns what is left of the budget."""
+        framer = self._framer
+        buffer = framer.buffer
+        sizes = self._region_sizes
+        while budget > 0 and framer.end - framer.start >= ACCESS.size and not framer.descriptors:
+            start = framer.start
+            identity, command, size, flags, _, offset, region, count = ACCESS.unpack_from(buffer, start)
+            if count not in _NUMBER or offset + count > sizes.get(region, 0) or flags & ~FLAG_NO_REPLY:
+                break
+            try:
+                if command == REGION_READ and size == ACCESS.size:
+                    framer.start = start + size
+                    value = self._read(region, offset, count)
+                    reply = _READ_REPLY[count].pack(
+                        identity, command, size + count, TYPE_REPLY, 0, offset, region, count, value
+                    )
+                elif command == REGION_WRITE and size == ACCESS.size + count and framer.end - start >= size:
+                    framer.start = start + size
+                    self._write(region, offset, count, _NUMBER[count].unpack_from(buffer, start + ACCESS.size)[0])
+                    reply = ACCESS.pack(identity, command, ACCESS.size, TYPE_REPLY, 0, offset, region, count)
+                else:
+                    break
+            except Exception as error:
+                self._owner.record(error)
+                reply = Message(identity, command, flags, b"").refusal(errno_of(error))
+            budget -= 1
+            if not flags:
+                self.send(reply)
+                if not self._reading:
+                    break
+        return budget
+
+    def _read(self, region: int, offset: int, count: int) -> int:
+        if region == CONFIG_REGION:
+            return self._function.config.read(offset, count)
+        return self._function.bar_read(region, offset, count)
+
+    def _write(self, region: int, offset: int, count: int, value: int) -> None:
+        if region == CONFIG_REGION:
+            self._function.config.write(offset, count, value)
+        else:
+            self._function.bar_write(region, offset, count, value)
+
+    def _handle(self, message: Message) -> None:
+        """Any message but the accesses above."""
+        try:
+            if self.session is not None:
+                reply = self.session.request(message)
+                if reply is not None:
+                    self.send(reply)
+            elif message.command == VERSION and not message.descriptors:
+                self._owner.greeted(self, message)
+            else:
+                self.send(message.refusal(errno.EINVAL))
+                self.close(f"began with command {message.command}, not with its version")
+        except LibraryError as error:
+            self.close(f"command {message.command} failed in the library: {error}")
+        finally:
+            _close_all(message.descriptors)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    descriptors.clear()
