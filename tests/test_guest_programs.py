@@ -193,6 +193,7 @@ def test_the_fault_that_was_ordered_is_found(program: Path, text: str) -> None:
         (FAULT.replace("0xdead000", "0xdead0000"), 100, 1),
         (FAULT.replace("0xdead000", "0xdea"), 100, 1),
         (FAULT.replace("04.0", "05.0"), 100, 1),
+        (FAULT.replace("04.0", "04.07"), 100, 1),
         (FAULT.replace("0000:00:04.0", "1110000:00:04.0"), 100, 1),
         (UNCLAIMED.replace("04.0", "04.01"), 100, 1),
         (FAULT.replace("IO_PAGE_FAULT", "DEV_TAB_HARDWARE_ERROR"), 100, 0),

@@ -95,6 +95,10 @@ def test_no_control_character_comes_through() -> None:
 def test_a_question_that_was_cut_is_not_answered() -> None:
     line = b"vioasid: ask number=1 question=data-written sha256=" + b"a" * MAX_LINE
     assert [type(event) for event in Decoder().feed(line + b"\n")] == [Malformed]
+    decoder = Decoder()
+    decoder.feed(line + b"\n")
+    [asked] = decoder.feed(b"vioasid: ask number=2 question=next\n")
+    assert isinstance(asked, Question)  # the line after it is whole
     ready = b"vioasid: ready protocol=1 text=" + b"x" * MAX_LINE + b"\n"
     [event] = Decoder().feed(ready)
     assert isinstance(event, Ready)
