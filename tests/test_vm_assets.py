@@ -1,6 +1,7 @@
 """Which QEMU, kernel and libvfio-user a run gets, and how the suites are tried in turn."""
 
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -188,3 +189,17 @@ def test_a_source_that_does_not_compile(tmp_path: Path) -> None:
     (source / "lib/irq.c").write_text("this is no C\n")
     with pytest.raises(CannotRun, match=r"cannot be compiled: .*irq\.c.*error"):
         compile_source(source, tmp_path / SONAME)
+
+
+@needs_json_c
+def test_the_variable_names_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, old = tmp_path / SONAME, tmp_path / "old.so"
+    compile_source(source_tree(tmp_path / "source", libvfio_user.NEEDED), built)
+    monkeypatch.setenv("VIOASID_LIBVFIO_USER", str(built))
+    found = assets.libvfio_user(Cache(tmp_path / "cache"))
+    assert (found.library, found.source) == (built, "host")
+    subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", str(old)], check=True)
+    for path, problem in ((old, "lacks vfu_create_ctx"), (tmp_path / "absent.so", "does not load")):
+        monkeypatch.setenv("VIOASID_LIBVFIO_USER", str(path))
+        with pytest.raises(CannotRun, match=f"VIOASID_LIBVFIO_USER is {path}, which {problem}"):
+            assets.libvfio_user(Cache(tmp_path / "cache"))

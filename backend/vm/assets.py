@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backend.vm import debian, kernel_image, libvfio_user, qemu_binary
+from backend.vm import debian, kernel_image, qemu_binary
+from backend.vm import libvfio_user as library
 from backend.vm.cache import MIB, Cache, Entry, Made
 from backend.vm.debian import NotThere
 from backend.vm.errors import CannotRun
@@ -95,10 +96,10 @@ def _fetch_guest(suites: Sequence[str], tree: Path, work: Path, report: Report) 
 
 def _fetch_libvfio_user(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
     source = work / "libvfio-user"
-    version = debian.source("qemu", suites[0], libvfio_user.SOURCE_FOLDER, source, work, report=report)
+    version = debian.source("qemu", suites[0], library.SOURCE_FOLDER, source, work, report=report)
     report("compiling")
-    libvfio_user.lay_out(source, tree)
-    return Made({"version": f"from QEMU {version}"}, [f"lib/{libvfio_user.SONAME}", "include/libvfio-user.h"])
+    library.lay_out(source, tree)
+    return Made({"version": f"from QEMU {version}"}, [f"lib/{library.SONAME}", "include/libvfio-user.h"])
 
 
 # Backports of Debian 13 come first: the oldest suite with a QEMU that fits.
@@ -143,8 +144,8 @@ def busybox(cache: Cache | None = None) -> Path:
     return GUEST.get(cache or Cache()).path / BUSYBOX
 
 
-def libvfio_user_library(cache: Cache | None = None) -> LibvfioUser:
+def libvfio_user(cache: Cache | None = None) -> LibvfioUser:
     """The host's libvfio-user, else the cached one, compiled if need be."""
-    if host := libvfio_user.find_host():
+    if host := library.find_host():
         return host
-    return libvfio_user.inside(LIBVFIO_USER.get(cache or Cache()).path)
+    return library.inside(LIBVFIO_USER.get(cache or Cache()).path)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -70,8 +71,9 @@ def _to_fetch(cache: Cache) -> list[Asset]:
         qemu_binary.find_host()
     except Unfit:
         needed.append(assets.QEMU)
-    if not libvfio_user.find_host():
-        needed.append(assets.LIBVFIO_USER)
+    with suppress(CannotRun):  # the user named one: nothing is fetched, whatever it is worth
+        if not libvfio_user.find_host():
+            needed.append(assets.LIBVFIO_USER)
     return [asset for asset in needed if not asset.find(cache)]
 
 

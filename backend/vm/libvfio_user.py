@@ -18,6 +18,7 @@ from pathlib import Path
 from backend.vm.debian import need_program
 from backend.vm.errors import CannotRun
 
+VARIABLE = "VIOASID_LIBVFIO_USER"
 SONAME = "libvfio-user.so.0"
 SOURCE_FOLDER = "subprojects/libvfio-user"
 SOURCES = ("dma", "irq", "libvfio-user", "migration", "pci", "pci_caps", "tran", "tran_sock")
@@ -43,18 +44,30 @@ def missing_from(library: str) -> Sequence[str]:
 
 
 def find_host() -> LibvfioUser | None:
-    """The library that the dynamic loader finds, if it has what we use."""
+    """The library that $VIOASID_LIBVFIO_USER names, else the one the dynamic loader finds, if it has what we use.
+
+    Raises CannotRun when the variable names one that cannot be used.
+    """
+    own = os.environ.get(VARIABLE)
     try:
-        if missing_from(SONAME):
+        missing = missing_from(own or SONAME)
+        if missing and own:
+            raise CannotRun(f"{VARIABLE} is {own}, which lacks {', '.join(missing)}. Name a newer one, or unset it.")
+        if missing:
             return None
+        if own:
+            return LibvfioUser(Path(own), _host_headers(), "host")
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             mapped = next((line.split(None, 5)[5].rstrip("\n") for line in maps if "/libvfio-user.so" in line), None)
-    except OSError:
+    except OSError as error:
+        if own:
+            raise CannotRun(f"{VARIABLE} is {own}, which does not load: {error}. Correct it, or unset it.") from error
         return None
-    if not mapped:
-        return None
-    include = next((Path(folder) for folder in HEADERS if Path(folder, "libvfio-user.h").exists()), None)
-    return LibvfioUser(Path(mapped), include, "host")
+    return LibvfioUser(Path(mapped), _host_headers(), "host") if mapped else None
+
+
+def _host_headers() -> Path | None:
+    return next((Path(folder) for folder in HEADERS if Path(folder, "libvfio-user.h").exists()), None)
 
 
 def compile_source(source: Path, library: Path) -> None:
