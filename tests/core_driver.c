@@ -1,6 +1,7 @@
 /*
- * Drives the C core under sanitizers; test_core_sanitized.py builds and runs it. Arguments: random SEED STEPS | bounds |
- * threads MILLISECONDS. Ends with 0 and silence, or with a sanitizer's report or a line that says what did not hold.
+ * Drives the C core under sanitizers; test_core_sanitized.py builds and runs it. Arguments: random SEED STEPS |
+ * index SEED | used-bits | iotlb STEPS | bounds | threads MILLISECONDS. Ends with 0 and silence, or with a sanitizer's
+ * report or a line that says what did not hold.
  */
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -242,15 +243,21 @@ static void run_random(uint64_t seed, uint64_t steps)
     end(&m);
 }
 
-/* Translations of `pages` pages of the host space must be what they were mapped to. */
-static void check_direct(struct model *m, uint64_t pages, uint64_t shift)
+/* The first page of each of the first four 2 MiB must lead to pages `first`, first + 1 ... of RAM. */
+static void check_direct(struct model *m, uint64_t first)
 {
-    for (uint64_t page = 0; page < pages; page++) {
+    for (uint64_t i = 0; i < 4; i++) {
         vio_translation found;
 
-        HOLDS(!vio_translate(m->engine, 0, VIO_NO_PASID, page << shift, VIO_READ, &found));
-        HOLDS(found.hva == (uint64_t)(uintptr_t)m->ram + page * PAGE);
+        HOLDS(!vio_translate(m->engine, 0, VIO_NO_PASID, i << 21, VIO_READ, &found));
+        HOLDS(found.hva == (uint64_t)(uintptr_t)m->ram + (first + i) * PAGE);
     }
+}
+
+static void map_again(struct model *m, uint64_t i, uint64_t page)
+{
+    HOLDS(!vio_space_unmap(m->engine, HOST, i << 21, PAGE));
+    HOLDS(!vio_space_map(m->engine, HOST, i << 21, (uint64_t)(uintptr_t)m->ram + page * PAGE, PAGE, RW_BOTH));
 }
 
 static void run_bounds(void)
@@ -273,7 +280,7 @@ static void run_bounds(void)
     }
     HOLDS(vio_space_create_host(m.engine, 99, PT_amd_v1, 4) == VIO_ERR_LIMIT);
     HOLDS(vio_space_destroy(m.engine, 99) == VIO_ERR_UNKNOWN);
-    check_direct(&m, 4, 21);
+    check_direct(&m, 0);
     for (uint64_t room = 0; room < 5; room++)
         HOLDS(!vio_space_unmap(m.engine, HOST, (8 + room) << 21, PAGE));
     m.engine->pool.pages = before;
@@ -290,19 +297,51 @@ static void run_bounds(void)
     }
     m.engine->pool.pages = before + 1; /* the first of the two splits was done */
     HOLDS(!vio_space_unmap(m.engine, HOST, 1ull << 32, 1ull << 30));
-    /* Tags run out: all start again, and nothing old matches a new tag. */
+    /* Tags run out: all start again, and nothing entered under an old tag answers for the same number given anew. */
+    m.engine->next_tag = 1;
+    for (uint64_t turn = 0; turn < 20; turn++) {
+        HOLDS(!vio_space_invalidate(m.engine, HOST, 0, UINT64_MAX));
+        check_direct(&m, 0);
+    }
+    HOLDS(!vio_space_invalidate(m.engine, HOST, 0, UINT64_MAX));
+    for (uint64_t i = 0; i < 4; i++)
+        map_again(&m, i, 20 + i);
     m.engine->next_tag = UINT32_MAX - 2 * VIO_MAX_SPACES - 20;
     for (uint64_t turn = 0; turn < 60; turn++) {
-        check_direct(&m, 4, 21);
-        HOLDS(!vio_space_unmap(m.engine, HOST, (turn % 4) << 21, PAGE));
-        HOLDS(!vio_space_map(m.engine, HOST, (turn % 4) << 21, hva + 9 * PAGE, PAGE, RW_BOTH));
-        HOLDS(!vio_space_unmap(m.engine, HOST, (turn % 4) << 21, PAGE));
-        HOLDS(!vio_space_map(m.engine, HOST, (turn % 4) << 21, hva + (turn % 4) * PAGE, PAGE, RW_BOTH));
+        check_direct(&m, 20);
+        map_again(&m, turn % 4, 9);
+        map_again(&m, turn % 4, 20 + turn % 4);
         HOLDS(!vio_space_invalidate(m.engine, HOST, 0, UINT64_MAX));
         HOLDS(!vio_space_bind(m.engine, 2, PT_amd_v1, 0, 1 + (uint32_t)turn % 6, 0));
     }
     HOLDS(m.engine->next_tag < 1000);
     end(&m);
+}
+
+/* The hash index against an array, with keys that share homes often. */
+static void run_index(uint64_t seed)
+{
+    static uint64_t values[512]; /* what each key leads to; 0: not there */
+    struct index index;
+
+    state = seed;
+    HOLDS(!index_init(&index));
+    for (unsigned step = 0; step < 200000; step++) {
+        uint64_t number = below(512), key = number * number * 0x100000001ull;
+
+        if (values[number]) {
+            index_remove(&index, key);
+            values[number] = 0;
+        } else if (index.used < 60 + step / 1000) {
+            values[number] = 1 + any() % 1000;
+            HOLDS(!index_insert(&index, key, &values[number]));
+        }
+        for (unsigned probe = 0; probe < 4; probe++) {
+            number = below(512);
+            HOLDS(index_find(&index, number * number * 0x100000001ull) == (values[number] ? &values[number] : NULL));
+        }
+    }
+    index_deinit(&index);
 }
 
 struct device {
@@ -315,8 +354,8 @@ struct device {
 static void *device_main(void *argument)
 {
     struct device *device = argument;
+    uint64_t value, ram = (uint64_t)(uintptr_t)device->m->ram;
     uint8_t out[2 * PAGE], in[2 * PAGE];
-    uint64_t value;
 
     memset(out, (int)device->rid, sizeof out);
     while (!__atomic_load_n(device->stop, __ATOMIC_RELAXED)) {
@@ -327,9 +366,81 @@ static void *device_main(void *argument)
         vio_dma(device->m->engine, device->rid, VIO_NO_PASID, iova + 100, in, sizeof in, 0);
         vio_store(device->m->engine, device->rid, VIO_NO_PASID, iova + 3 * PAGE, 7, 4);
         vio_load(device->m->engine, device->rid, VIO_NO_PASID, iova + 3 * PAGE, 4, &value);
-        vio_translate(device->m->engine, device->rid, VIO_NO_PASID, iova, VIO_READ, &found);
+        for (iova = 0; iova < 16 * PAGE; iova += PAGE) /* all devices share the one set there is */
+            if (!vio_translate(device->m->engine, device->rid, VIO_NO_PASID, iova, VIO_READ, &found))
+                HOLDS(found.hva == ram + iova && found.gpa == iova);
     }
     return NULL;
+}
+
+/* A guest that takes its leaf away and puts it back, while walks set bits in it: never in what is no leaf. */
+static void *flip_main(void *argument)
+{
+    uint64_t *entry = argument, leaf = 1 | 3ull << 61 | PAGE, used = 1 << 5 | 1 << 6;
+
+    for (unsigned step = 0; step < 300000; step++) {
+        uint64_t old = __atomic_exchange_n(entry, step & 1 ? leaf : 0, __ATOMIC_ACQ_REL);
+
+        HOLDS(step & 1 ? !old : old == leaf || old == (leaf | used) || !step);
+    }
+    return NULL;
+}
+
+static void run_used_bits(void)
+{
+    struct model m;
+    pthread_t guest;
+    unsigned found = 0;
+
+    start(&m, 0);
+    HOLDS(!vio_space_map(m.engine, HOST, 0, (uint64_t)(uintptr_t)m.ram, RAM_PAGES * PAGE, RW_BOTH));
+    HOLDS(!vio_space_bind(m.engine, 2, PT_amd_v1, 0, 1, VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY));
+    HOLDS(!vio_route_attach(m.engine, 1, VIO_NO_PASID, 2, RW_BOTH));
+    HOLDS(!pthread_create(&guest, NULL, flip_main, m.ram));
+    for (unsigned step = 0; step < 300000; step++) {
+        vio_translation where;
+        int status = vio_translate(m.engine, 1, VIO_NO_PASID, 0, VIO_WRITE, &where);
+
+        HOLDS(!status || vio_last_fault()->reason == VIO_REASON_NOT_PRESENT ||
+              vio_last_fault()->reason == VIO_REASON_ENTRY_CHANGED);
+        found += !status;
+    }
+    pthread_join(guest, NULL);
+    HOLDS(found);
+    end(&m);
+}
+
+/* One set, two threads that fill and look up at once: what is found belongs together. */
+static uint64_t iotlb_steps;
+
+static void *iotlb_main(void *argument)
+{
+    struct iotlb *iotlb = argument;
+    uint64_t random = (uint64_t)(uintptr_t)&random;
+
+    for (uint64_t step = 0; step < iotlb_steps; step++) {
+        uint64_t page = (random = random * 6364136223846793005ull + 1) >> 61;
+        struct iotlb_hit hit;
+
+        if (iotlb_lookup(iotlb, 1, 1 << 12, page << 12, &hit))
+            HOLDS(hit.hva == page << 20 && hit.gpa == page << 24 && hit.perm == (page & 3));
+        else
+            iotlb_fill(iotlb, 1, page << 12, 12, page << 20, page << 24, page & 3);
+    }
+    return NULL;
+}
+
+static void run_iotlb(uint64_t steps)
+{
+    struct iotlb iotlb;
+    pthread_t other;
+
+    iotlb_steps = steps;
+    HOLDS(!iotlb_init(&iotlb, 4));
+    HOLDS(!pthread_create(&other, NULL, iotlb_main, &iotlb));
+    iotlb_main(&iotlb);
+    pthread_join(other, NULL);
+    iotlb_deinit(&iotlb);
 }
 
 /* Each device has 16 KiB of its own, reached by a guest table; their mappings come and go. */
@@ -340,7 +451,7 @@ static void run_threads(long milliseconds)
     struct model m;
     int stop = 0;
 
-    start(&m, 64);
+    start(&m, 4);
     HOLDS(!vio_space_map(m.engine, HOST, 0, (uint64_t)(uintptr_t)m.ram, RAM_PAGES * PAGE, RW_BOTH));
     for (uint64_t page = 0; page < 16; page++) {
         uint64_t entry = 1 | 3ull << 61 | page << 12;
@@ -383,6 +494,12 @@ int main(int argc, char **argv)
 {
     if (argc == 4 && !strcmp(argv[1], "random"))
         run_random(strtoull(argv[2], NULL, 0), strtoull(argv[3], NULL, 0));
+    else if (argc == 3 && !strcmp(argv[1], "index"))
+        run_index(strtoull(argv[2], NULL, 0));
+    else if (argc == 2 && !strcmp(argv[1], "used-bits"))
+        run_used_bits();
+    else if (argc == 3 && !strcmp(argv[1], "iotlb"))
+        run_iotlb(strtoull(argv[2], NULL, 0));
     else if (argc == 2 && !strcmp(argv[1], "bounds"))
         run_bounds();
     else if (argc == 3 && !strcmp(argv[1], "threads"))

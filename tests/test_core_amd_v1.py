@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from amd_v1_reference import default_size_lg2, index, leaf, pointer, sized_leaf
 from core_guest import CHILD, DIRECT, PAGE, RID, STAGE2, Guest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.core import RW, Access, Fault, Reason, Translation
@@ -228,6 +228,7 @@ def test_random_tables(guest: Guest) -> None:
     assert len(seen) >= 8, f"the tables were too tame: {seen}"
 
 
+@settings(deadline=None)
 @given(entries=st.lists(st.integers(0, (1 << 64) - 1), min_size=4, max_size=4), iova=st.integers(0, (1 << 64) - 1))
 def test_random_entries_on_a_path(shared: Guest, entries: list[int], iova: int) -> None:
     """Four tables in a row, the entry on the path of each made valid but for some bits."""

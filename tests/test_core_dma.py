@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 from amd_v1_reference import leaf
 from core_guest import CHILD, DIRECT, PAGE, RID, STAGE2, Guest, Ram
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.core import (
@@ -150,6 +150,7 @@ def test_read_only_memory(guest: Guest) -> None:
     assert guest.ram.read(61 * PAGE, 8) == b"firmware"
 
 
+@settings(deadline=None)
 @given(
     pieces=st.lists(st.tuples(st.integers(0, 24 * PAGE), st.integers(0, 2 * PAGE)), max_size=6),
     seed=st.integers(0, 1000),

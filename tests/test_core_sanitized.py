@@ -58,6 +58,11 @@ def test_random_requests_and_changes(address: Path, seed: int) -> None:
     run(address, "random", str(seed), "100000")
 
 
+def test_index(address: Path) -> None:
+    """The hash index of spaces and routes, against an array."""
+    run(address, "index", "1")
+
+
 def test_bounds(address: Path) -> None:
     """Table pages and IOTLB tags run out."""
     run(address, "bounds")
@@ -67,5 +72,17 @@ def test_threads_and_addresses(address: Path) -> None:
     run(address, "threads", "300")
 
 
+def test_used_bits_race_with_the_guest(address: Path) -> None:
+    """Accessed and dirty are set by compare-and-exchange."""
+    run(address, "used-bits")
+
+
+def test_iotlb_sets_are_read_whole(address: Path) -> None:
+    run(address, "iotlb", "4000000")
+
+
 def test_threads(tmp_path: Path) -> None:
-    run(build(tmp_path, "thread"), "threads", "1000")
+    driver = build(tmp_path, "thread")
+    run(driver, "threads", "500")
+    run(driver, "iotlb", "200000")
+    run(driver, "used-bits")

@@ -42,7 +42,7 @@ class Reason(IntEnum):
     MEMORY_GONE = lib.VIO_REASON_MEMORY_GONE
     """The memory was taken away by its owner. Stage 1: that of a table entry; stage 2: that of the data."""
     BUS_MASTER_OFF = lib.VIO_REASON_BUS_MASTER_OFF
-    """The function may not issue requests; said by the layers above."""
+    """The function may not send requests; said by the layers above."""
     ENTRY_CHANGED = lib.VIO_REASON_ENTRY_CHANGED
     """The entry changed at every attempt to set its accessed or dirty bit."""
 

@@ -25,11 +25,11 @@ enum vio_reason {
     VIO_REASON_NOT_PRESENT,    /* entry not present */
     VIO_REASON_PERMISSION,     /* present, and the access is not permitted */
     VIO_REASON_RESERVED_BITS,  /* a reserved bit of an entry is set */
-    VIO_REASON_ADDRESS_WIDTH,  /* address bits beyond what the table (or a skipped level) covers, or iova + length wraps */
+    VIO_REASON_ADDRESS_WIDTH,  /* address bits beyond what table or skipped level covers; request wraps */
     VIO_REASON_BAD_LEVEL,      /* the entry's level or size code is not legal where it stands */
-    VIO_REASON_MISALIGNED,     /* leaf base not aligned to the leaf's size, or a single store/load not aligned to its width */
+    VIO_REASON_MISALIGNED,     /* leaf base not aligned to its size; single access not to its width */
     VIO_REASON_MEMORY_GONE,    /* mapped memory that its owner has taken away (truncated, unmapped) */
-    VIO_REASON_BUS_MASTER_OFF, /* raised above the core: the function may not issue requests */
+    VIO_REASON_BUS_MASTER_OFF, /* said by the layers above: the function may not send requests */
     VIO_REASON_ENTRY_CHANGED,  /* an entry changed at every attempt to set its accessed or dirty bit */
 };
 

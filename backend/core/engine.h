@@ -1,8 +1,8 @@
 /*
  * The engine: one a VM. Spaces, routes, IOTLB and table pages behind one lock.
  *
- * Lock: DMA and translation hold it shared from the route's look-up to the last byte copied; whatever changes a space or
- * a route holds it alone. So once such a change has returned, no request that could have seen the old state still runs.
+ * Lock: DMA and translation hold it shared from the route's look-up to the last byte copied; whatever changes a space
+ * or a route holds it alone. So once such a change has returned, no request that could have seen the old state runs.
  */
 #ifndef VIOASID_ENGINE_H
 #define VIOASID_ENGINE_H
@@ -58,7 +58,6 @@ struct space {
 
 struct route {
     uint64_t key;
-    uint32_t rid, pasid;
     struct space *space; /* NULL: detached, or blocked */
     unsigned access;
     bool blocked;

@@ -26,7 +26,10 @@ struct guard {
     struct guard_window buffer; /* the caller's buffer: may itself be a mapped file */
 };
 
-/* Install (or reinstall, if somebody replaced it) the process's handler for SIGBUS and SIGSEGV. Idempotent, thread safe. */
+/*
+ * Install the process's handler for SIGBUS and SIGSEGV, or put it first again if somebody came after it. Whoever
+ * installs another one later must hand on to this one what is not his, siginfo included.
+ */
 int guard_install(void);
 
 /*

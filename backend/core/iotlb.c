@@ -6,7 +6,7 @@
 
 #include "vio.h"
 
-/* Probing a set costs a few nanoseconds, so up to this many a range is forgotten exactly; beyond, its space starts anew. */
+/* Probing a set costs nanoseconds: up to this many, a range is forgotten exactly; beyond, its space starts anew. */
 #define FORGET_PROBES 512
 
 int iotlb_init(struct iotlb *iotlb, uint32_t entries)

@@ -7,7 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "engine.h"
+#include "vio.h"
 
 #define CHUNK ((size_t)2 << 20)
 
@@ -63,7 +63,7 @@ void *pool_take(struct pool *pool)
 {
     void *page = pool->free_pages;
 
-    /* 2^18 pages are 1 GiB of tables, enough for 512 GiB in 4 KiB leaves: whoever maps more than that finely is refused. */
+    /* 2^18 pages are 1 GiB of tables, enough for 512 GiB in 4 KiB leaves: who maps more so finely is refused. */
     if (pool->pages >= VIO_MAX_TABLE_PAGES)
         return NULL;
     if (page) {

@@ -1,4 +1,4 @@
-/* Pages for the tables that the core builds: 4 KiB each, zeroed, cut from 2 MiB chunks the host may back by huge pages. */
+/* Pages for tables that the core builds: 4 KiB, zeroed, cut from 2 MiB chunks that the host may back by huge pages. */
 #ifndef VIOASID_POOL_H
 #define VIOASID_POOL_H
 

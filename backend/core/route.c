@@ -1,6 +1,6 @@
 /*
- * Routes: (RID, PASID or none) -> space. A detached route is kept for its counters, which go on when the same (RID, PASID)
- * is attached again; the one detached longest ago makes room when all are taken.
+ * Routes: (RID, PASID or none) -> space. A detached route is kept for its counters, which go on when the same
+ * (RID, PASID) is attached again; the one detached longest ago makes room when all are taken.
  */
 #include "engine.h"
 
@@ -54,8 +54,6 @@ static int route_take(struct vio_engine *engine, uint32_t rid, uint32_t pasid, s
     if (!route)
         return VIO_ERR_MEMORY;
     route->key = key;
-    route->rid = rid;
-    route->pasid = pasid;
     if (index_insert(&engine->routes, key, route)) {
         free(route);
         return VIO_ERR_MEMORY;

@@ -1,7 +1,7 @@
 /*
  * The walk, written once over the contract of formats/contract.h; the compiler folds a format's constants into each
- * instance. A guest's table is hostile: every step goes to a lower level, so a walk ends after at most `levels` entries,
- * and each entry is read once, by one 64-bit load, through stage 2: it can touch only what stage 2 maps.
+ * instance. A guest's table is hostile: every step goes to a lower level, so a walk ends after at most `levels`
+ * entries, and each entry is read once, by one 64-bit load, through stage 2: it can touch only what stage 2 maps.
  */
 #ifndef VIOASID_WALK_H
 #define VIOASID_WALK_H
@@ -160,7 +160,7 @@ PT_INLINE int nested_read(void *context, uint64_t at, unsigned level, uint64_t *
     return 0;
 }
 
-/* Called for the entry read last, so its HVA is at hand. Stage 2 must permit the write: else its fault, as for any write. */
+/* For the entry read last, whose HVA is at hand. Stage 2 must permit the write, else it is its fault as for any write. */
 PT_INLINE int nested_replace(void *context, uint64_t at, uint64_t old, uint64_t new)
 {
     struct nested *nested = context;
