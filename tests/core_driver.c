@@ -73,7 +73,8 @@ static uint64_t some_entry(void)
     return below(12) ? entry : any();
 }
 
-static void check_found(const struct model *m, const vio_translation *found, unsigned access, bool direct, uint64_t iova)
+static void check_found(const struct model *m, const vio_translation *found, unsigned access, bool direct,
+                        uint64_t iova)
 {
     HOLDS(found->gpa >> 12 < GPA_PAGES);
     HOLDS(m->hva[found->gpa >> 12] + found->gpa % PAGE == found->hva);

@@ -160,7 +160,7 @@ PT_INLINE int nested_read(void *context, uint64_t at, unsigned level, uint64_t *
     return 0;
 }
 
-/* For the entry read last, whose HVA is at hand. Stage 2 must permit the write, else it is its fault as for any write. */
+/* For the entry read last, whose HVA is at hand. Stage 2 must permit the write, else its fault is the answer. */
 PT_INLINE int nested_replace(void *context, uint64_t at, uint64_t old, uint64_t new)
 {
     struct nested *nested = context;
