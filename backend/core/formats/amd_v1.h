@@ -2,7 +2,8 @@
  * AMD IOMMU v1 page table ("host" page table).
  *
  * AMD I/O Virtualization Technology (IOMMU) Specification, 48882, section 2.2.3 "I/O Page Tables for Host
- * Translations". Levels are numbered as there: 1 holds 4 KiB leaves, Mode of the device table entry is the root's. Each level indexes 9 bits of the address, level 6 the 7 bits 63:57.
+ * Translations". Levels are numbered as there: 1 holds 4 KiB leaves, Mode of the device table entry is the root's.
+ * Each level indexes 9 bits of the address, level 6 the 7 bits 63:57.
  */
 #ifndef VIOASID_FORMATS_AMD_V1_H
 #define VIOASID_FORMATS_AMD_V1_H
@@ -42,8 +43,9 @@ PT_INLINE uint64_t amd_v1_entry_offset(uint64_t address, unsigned level)
 }
 
 /*
- * Next Level 7: the page is as large as the run of ones from bit 12 upward says, 0 at bit 12 being 8 KiB (table "Example
- * Page Size Encodings"; bits 63:52 count as zero). It must lie between the default sizes of this level and the next.
+ * Next Level 7: the page is as large as the run of ones from bit 12 upward says, 0 at bit 12 being 8 KiB (table
+ * "Example Page Size Encodings"; bits 63:52 count as zero). It must lie between the default sizes of this level and the
+ * next.
  */
 PT_INLINE int amd_v1_decode_sized(uint64_t entry, unsigned level, struct pt_entry *out)
 {
