@@ -73,7 +73,7 @@ def _boot(machine: Machine, args: argparse.Namespace, folder: RunFolder) -> int:
         folder.socket("monitor")  # said now if it is too long, not in the middle
 
         async def boot() -> Report:
-            backend = Backend(machine, sockets, disks)
+            backend = Backend(machine, sockets, disks, parts.libvfio_user)
             return await _run(backend, Boot(backend, parts, folder, progress), full=args.full)
 
         report = asyncio.run(boot())
@@ -106,7 +106,7 @@ def _dry_run(machine: Machine, args: argparse.Namespace) -> int:
         sockets = {function.name: folder.socket(function.name) for function in machine.functions}
 
         async def learn() -> int:
-            backend = Backend(machine, sockets, disks)
+            backend = Backend(machine, sockets, disks, parts.libvfio_user)
             try:
                 await backend.start()
                 return await Boot(backend, parts, folder, lambda _: None).learn(machine)

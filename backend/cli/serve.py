@@ -79,7 +79,7 @@ async def _until_done(
     machine: Machine, args: argparse.Namespace, folder: RunFolder, parts: Parts, disks: dict[str, Namespace]
 ) -> int:
     sockets = {function.name: folder.socket(function.name) for function in machine.functions}
-    backend = Backend(machine, sockets, disks)
+    backend = Backend(machine, sockets, disks, parts.libvfio_user)
     try:
         await backend.start()
         bar = args.bar

@@ -20,6 +20,7 @@ from backend.pci.function import PciFunction, ResetKind
 from backend.pci.ids import PciIds
 from backend.pci.registers import Register, RegisterTable
 from backend.pci.server import FunctionServer, SocketRefused
+from ctypes_bindings import LibraryError, LibraryMissing
 
 __all__ = [
     "Ats",
@@ -30,6 +31,8 @@ __all__ = [
     "DmaRegion",
     "Dsn",
     "FunctionServer",
+    "LibraryError",
+    "LibraryMissing",
     "Msi",
     "Msix",
     "Pasid",

@@ -7,6 +7,7 @@ something that was seen to work, or raises CannotRun with what to do. See docs/a
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ from backend.vm.qemu_binary import DoesNotRun, Qemu, Unfit
 
 MODULES = "usr/lib/modules/"
 BUSYBOX = "usr/bin/busybox"
+FILE_SYSTEM_TOOLS = re.compile(
+    r"usr/s?bin/(mke2fs|e2fsck)|etc/mke2fs\.conf|(usr/)?lib64/ld-linux.*"
+    r"|usr/lib/x86_64-linux-gnu/(ld-linux-x86-64|lib(c|ext2fs|e2p|com_err|blkid|uuid))\.so.*"
+)
+"""What makes and checks the guest's file system, with the libraries that these two are linked to."""
 
 Fetch = Callable[[Sequence[str], Path, Path, Report], Made]
 """Fetches from one set of suites; raises NotThere to have the next one tried."""
@@ -81,7 +87,7 @@ def _fetch_qemu(suites: Sequence[str], tree: Path, work: Path, report: Report) -
 
 def _fetch_guest(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
     def wanted(path: str) -> bool:
-        return path.startswith((MODULES, "boot/vmlinuz-")) or path == BUSYBOX
+        return path.startswith((MODULES, "boot/vmlinuz-")) or path == BUSYBOX or bool(FILE_SYSTEM_TOOLS.fullmatch(path))
 
     debian.extract(GUEST.packages, suites, tree, work, keep=wanted, report=report, arch="amd64")
     # split packages have the image beside its modules, older ones in /boot
@@ -107,7 +113,7 @@ BACKPORTS = ("trixie", "trixie-backports")
 
 QEMU = Asset("qemu", "QEMU", 430 * MIB, ("qemu-system-x86",), (BACKPORTS, ("forky",), ("sid",)), _fetch_qemu)
 GUEST = Asset(
-    "guest", "a kernel and busybox", 580 * MIB, ("linux-image-amd64", "busybox-static"),
+    "guest", "a kernel and busybox", 580 * MIB, ("linux-image-amd64", "busybox-static", "e2fsprogs"),
     (BACKPORTS, ("trixie",), ("forky",), ("sid",)), _fetch_guest,
 )  # fmt: skip
 LIBVFIO_USER = Asset(
@@ -142,6 +148,11 @@ def kernel(file: Path | None = None, cache: Cache | None = None) -> Kernel:
 def busybox(cache: Cache | None = None) -> Path:
     """A statically linked busybox for x86-64."""
     return GUEST.get(cache or Cache()).path / BUSYBOX
+
+
+def guest_root(cache: Cache | None = None) -> Path:
+    """The file tree in which e2fsprogs and its libraries lie, for the guest."""
+    return GUEST.get(cache or Cache()).path
 
 
 def libvfio_user(cache: Cache | None = None) -> LibvfioUser:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from backend.core import Fault
 from backend.endpoints.nvme import Namespace, NvmeController
 from backend.ioasid import Engine, Kind
-from backend.pci import DmaRegion, FunctionServer, PciFunction
+from backend.pci import DmaRegion, FunctionServer, LibraryError, LibraryMissing, PciFunction, SocketRefused
 from backend.viommu.amd import AmdIommu
+from backend.vm.errors import CannotRun
 from backend.vm.lost import VmLost
 from backend.vm.machine import Machine
 from backend.vm.memory import VmMemory
@@ -26,8 +27,16 @@ FAULTS_KEPT = 256  # the newest, for report and checks; a guest can cause any nu
 class Backend:
     """One engine a VM. It serves one QEMU after another: when a client goes, its functions wait for the next."""
 
-    def __init__(self, machine: Machine, sockets: Mapping[str, Path], namespaces: Mapping[str, Namespace]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        sockets: Mapping[str, Path],
+        namespaces: Mapping[str, Namespace],
+        libvfio_user: Path | None = None,
+    ) -> None:
+        """`libvfio_user` is the library's file; None: the system's."""
         self.machine = machine
+        self._libvfio_user = libvfio_user
         self.engine = Engine()
         self.context = self.engine.open()
         self.stage2 = self.context.alloc(Kind.KERNEL)
@@ -46,9 +55,12 @@ class Backend:
         self.engine.on_fault(self.faults.append)
 
     async def start(self) -> None:
-        """Listen on every function's socket."""
+        """Listen on every function's socket. CannotRun if a path will not do, or libvfio-user will not."""
         for server in self.servers:
-            await server.start()
+            try:
+                await server.start()
+            except (SocketRefused, LibraryMissing, LibraryError) as error:
+                raise CannotRun(f"{server.function.name} cannot be served: {error}") from error
 
     async def watch(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`; VmLost as soon as a function's own code fails, for its guest may wait for ever."""
@@ -91,4 +103,5 @@ class Backend:
         def unmapped(region: DmaRegion) -> None:
             self.memory.unmap(function.name, region)
 
-        return FunctionServer(function, sockets[function.name], on_dma_map=mapped, on_dma_unmap=unmapped)
+        path = sockets[function.name]
+        return FunctionServer(function, path, on_dma_map=mapped, on_dma_unmap=unmapped, library=self._libvfio_user)

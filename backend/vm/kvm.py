@@ -147,8 +147,6 @@ def _run(argv: Sequence[str]) -> tuple[bytes, bool]:
                 if not data:
                     process.wait()
                     return output, True
-                if BROKEN in output and b"emulation failure" in output:
-                    return output, False
                 if BROKEN in output:  # the reason follows in the same breath
                     deadline = min(deadline, time.monotonic() + 0.5)
         return output, False

@@ -28,6 +28,7 @@ class Parts:
     kernel_version: str
     initrd: Path
     accel: str
+    libvfio_user: Path
     cache: Path
 
     @classmethod
@@ -39,11 +40,11 @@ class Parts:
         if chosen.note:
             notice(chosen.note)
         if initrd is None:
-            files = GuestFiles(assets.busybox(), image.modules_dir, machine.modules)
+            files = GuestFiles(assets.busybox(), image.modules_dir, machine.modules, assets.guest_root())
             initrd = build_initramfs(files, cache_dir())
         elif not initrd.is_file():
             raise CannotRun(f"initramfs {initrd} does not exist or is no file; correct the path")
-        return cls(qemu, image.vmlinuz, image.version, initrd, chosen.name, cache_dir())
+        return cls(qemu, image.vmlinuz, image.version, initrd, chosen.name, assets.libvfio_user().library, cache_dir())
 
     def command(self, machine: Machine, sockets: Mapping[str, Path]) -> QemuCommand:
         """QEMU's line for a machine, as yet without an IVRS."""
