@@ -49,6 +49,10 @@ def test_the_variable_comes_first(programs: FakePrograms, monkeypatch: pytest.Mo
         # lists not downloaded yet: the origin is not known, the name of the folder has to do
         (["http://m.example/debian/ bookworm main origin="], "http://m.example/debian"),
         (["http://m.example/debian bookworm-updates main origin=$(ORIGIN)"], "http://m.example/debian"),
+        (
+            ["https://a.example/debian bookworm main origin=", "http://m.example/d trixie main origin=Debian"],
+            "http://m.example/d",
+        ),
         # third parties use Debian's suite names
         (
             [
