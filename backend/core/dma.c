@@ -169,6 +169,7 @@ static int run_single(struct guard *guard, void *context)
         case 4: __atomic_store_n((uint32_t *)memory, (uint32_t)job->value, __ATOMIC_RELEASE); break;
         default: __atomic_store_n((uint64_t *)memory, job->value, __ATOMIC_RELEASE); break;
         }
+        __atomic_thread_fence(__ATOMIC_SEQ_CST); /* whoever stores an event index must then read the index anew */
     } else {
         switch (job->width) {
         case 1: job->value = __atomic_load_n((uint8_t *)memory, __ATOMIC_ACQUIRE); break;
