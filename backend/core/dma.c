@@ -163,19 +163,19 @@ static int run_single(struct guard *guard, void *context)
     memory = (void *)(uintptr_t)job->hit.hva;
     about_to_touch(job, guard, job->width);
     if (job->need & VIO_WRITE) {
-        switch (job->width) { /* release: what it publishes is written before it */
-        case 1: __atomic_store_n((uint8_t *)memory, (uint8_t)job->value, __ATOMIC_RELEASE); break;
-        case 2: __atomic_store_n((uint16_t *)memory, (uint16_t)job->value, __ATOMIC_RELEASE); break;
-        case 4: __atomic_store_n((uint32_t *)memory, (uint32_t)job->value, __ATOMIC_RELEASE); break;
-        default: __atomic_store_n((uint64_t *)memory, job->value, __ATOMIC_RELEASE); break;
+        /* What it publishes is written before it, and an event index stored so is seen before the index is read anew. */
+        switch (job->width) {
+        case 1: __atomic_store_n((uint8_t *)memory, (uint8_t)job->value, __ATOMIC_SEQ_CST); break;
+        case 2: __atomic_store_n((uint16_t *)memory, (uint16_t)job->value, __ATOMIC_SEQ_CST); break;
+        case 4: __atomic_store_n((uint32_t *)memory, (uint32_t)job->value, __ATOMIC_SEQ_CST); break;
+        default: __atomic_store_n((uint64_t *)memory, job->value, __ATOMIC_SEQ_CST); break;
         }
-        __atomic_thread_fence(__ATOMIC_SEQ_CST); /* whoever stores an event index must then read the index anew */
     } else {
         switch (job->width) {
-        case 1: job->value = __atomic_load_n((uint8_t *)memory, __ATOMIC_ACQUIRE); break;
-        case 2: job->value = __atomic_load_n((uint16_t *)memory, __ATOMIC_ACQUIRE); break;
-        case 4: job->value = __atomic_load_n((uint32_t *)memory, __ATOMIC_ACQUIRE); break;
-        default: job->value = __atomic_load_n((uint64_t *)memory, __ATOMIC_ACQUIRE); break;
+        case 1: job->value = __atomic_load_n((uint8_t *)memory, __ATOMIC_SEQ_CST); break;
+        case 2: job->value = __atomic_load_n((uint16_t *)memory, __ATOMIC_SEQ_CST); break;
+        case 4: job->value = __atomic_load_n((uint32_t *)memory, __ATOMIC_SEQ_CST); break;
+        default: job->value = __atomic_load_n((uint64_t *)memory, __ATOMIC_SEQ_CST); break;
         }
     }
     job->done = job->width;
