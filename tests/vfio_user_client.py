@@ -46,8 +46,8 @@ class VfioUserClient:
 
     def __init__(self, path: Path, *, timeout: float = 5.0, greet: bool = True) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.connect(str(path))  # waits for room in the listener's queue; with a timeout it would fail at once
         self.socket.settimeout(timeout)
-        self.socket.connect(str(path))
         self.eventfds: list[int] = []
         self._id = 0
         self.server_version: tuple[int, int] | None = None
