@@ -324,7 +324,11 @@ class GuestSession:
         )
 
     async def run(self, handlers: Handlers) -> GuestResult:
-        """Until the guest has been told what to do next. Raises GuestLost; cancelling it leaves the streams usable."""
+        """Until the guest has been told what to do next. Raises GuestLost; cancelling it leaves the streams usable.
+
+        Close them only when QEMU has ended or the next boot is ready: QEMU hands the guest some bytes at a time and
+        drops the rest of the last answer when its end of the channel closes.
+        """
         try:
             await self._until(self._times.boot, handlers, State.BOOTING)
             await self._until(self._times.checks, handlers, State.CHECKING, State.DONE)

@@ -6,6 +6,7 @@ while read -r line; do diag "$line"; done </run/module-errors
 
 if [ -n "$DISK" ]; then
 	model=$(cat "/sys/class/block/${DISK#/dev/}/device/model" | tr -s ' ')
+	model=${model% } # padded to forty characters
 	fact nvme "$NVME"
 	fact nvme_model "$model"
 	fact disk_bytes "$DISK_BYTES"
