@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from backend.vm import ktap
-from backend.vm.guest_protocol import Answer, Question, decode_line
+from backend.vm.guest_lines import Question, decode_line
+from backend.vm.guest_protocol import Answer
 from backend.vm.initramfs import GUEST_TESTS
 
 SCRIPTS = sorted([GUEST_TESTS / "init", *GUEST_TESTS.glob("**/*.sh")])

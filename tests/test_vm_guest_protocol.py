@@ -12,33 +12,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.vm import ktap
-from backend.vm.guest_protocol import (
+from backend.vm.guest_lines import (
     MAX_BYTES,
-    MAX_FACTS,
     MAX_LINE,
-    MAX_NOISE,
-    MAX_QUESTIONS,
-    Answer,
     Decoder,
     Done,
     Event,
     Fact,
     Flood,
+    Line,
+    Malformed,
+    Question,
+    Ready,
+    decode_fields,
+    decode_line,
+)
+from backend.vm.guest_protocol import (
+    MAX_FACTS,
+    MAX_NOISE,
+    MAX_QUESTIONS,
+    Answer,
     GuestLost,
     GuestResult,
     GuestSession,
     HeldPage,
-    Line,
-    Malformed,
     NoHost,
     OrderedFault,
-    Question,
-    Ready,
     State,
     Step,
     Times,
-    decode_fields,
-    decode_line,
 )
 
 READY = b"vioasid: ready protocol=1 kernel=7.3.4 machine=x86_64 cpus=2 memory_kib=468872 text=console=ttyS0 panic=-1\n"

@@ -15,7 +15,7 @@ and the host answers, one line a question:
 `text` comes last and holds the rest of the line. A guest is hostile: what it says is bounded in length, number and
 time, and is never more than text.
 
-`Decoder` does no I/O (bytes in, events out); `GuestSession` runs one boot over a pair of asyncio streams.
+`GuestSession` runs one boot over a pair of asyncio streams; backend.vm.guest_lines reads what the guest says.
 """
 
 from __future__ import annotations
@@ -28,20 +28,13 @@ from enum import StrEnum
 from typing import Protocol
 
 from backend.vm import ktap
+from backend.vm.guest_lines import PREFIX, WORD, Decoder, Done, Event, Fact, Flood, Line, Malformed, Question, Ready
 from backend.vm.lost import VmLost
 
-PROTOCOL = 1
-PREFIX = "vioasid: "
-MAX_LINE = 2048  # bytes; ours stay below 700, and Linux takes a kernel line of 2048, which `ready` cuts
-MAX_BYTES = 4 << 20  # of one boot: ours is 10 KiB; a guest that writes without end is stopped
 MAX_FACTS = 64  # ours are a dozen
 MAX_QUESTIONS = 64  # ours are four
-MAX_KEYS = 16  # of one line
 MAX_NOISE = 50  # lines kept that are neither
 CHUNK = 1 << 16
-
-_WORD = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-_CONTROL = re.compile(r"[^\x20-\x7e\xa0-\U0010ffff]")  # no escape sequence reaches a terminal through a report
 
 
 class GuestLost(VmLost):
@@ -72,117 +65,6 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    facts: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    key: str
-    value: str
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    number: int
-    name: str
-    fields: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A line that is not of the conversation: KTAP, or noise."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """A line that begins as ours and is not; it changes nothing."""
-
-    text: str
-
-
-Event = Ready | Fact | Question | Done | Line | Malformed
-
-
-class Flood(Exception):
-    """More bytes than a boot may send."""
-
-
-class Decoder:
-    """Bytes as they arrive -> events, however the bytes are cut. Holds at most one line."""
-
-    def __init__(self) -> None:
-        self._part = bytearray()
-        self._cut = False  # the line at hand is longer than allowed: its rest is dropped
-        self._total = 0
-
-    def feed(self, data: bytes) -> list[Event]:
-        """Raises Flood beyond MAX_BYTES."""
-        self._total += len(data)
-        if self._total > MAX_BYTES:
-            raise Flood(f"more than {MAX_BYTES} bytes")
-        events: list[Event] = []
-        *ended, last = data.split(b"\n")
-        for piece in ended:
-            self._append(piece)
-            events.append(decode_line(bytes(self._part), cut=self._cut))
-            self._part.clear()
-            self._cut = False
-        self._append(last)
-        return events
-
-    def _append(self, piece: bytes) -> None:
-        room = MAX_LINE - len(self._part)
-        self._cut |= len(piece) > room
-        self._part += piece[:room]
-
-
-def decode_line(raw: bytes, *, cut: bool = False) -> Event:
-    """One line without its line end. A line that was cut is taken for what is left of it, unless it asks something."""
-    text = _CONTROL.sub("", raw.decode(errors="replace")).rstrip()
-    if not text.startswith(PREFIX):
-        return Line(text)
-    verb, _, rest = text.removeprefix(PREFIX).partition(" ")
-    fields = decode_fields(rest)
-    if fields is None:
-        return Malformed(text)
-    if verb == "ready" and fields.get("protocol") == str(PROTOCOL):
-        return Ready(fields)
-    if verb == "fact" and _WORD.fullmatch(fields.get("key", "")) and "text" in fields:
-        return Fact(fields["key"], fields["text"])
-    if verb == "ask" and not cut and re.fullmatch(r"\d{1,6}", fields.get("number", "")):
-        name = fields.get("question", "")
-        if _WORD.fullmatch(name):
-            return Question(int(fields["number"]), name, fields)
-    if verb == "done":
-        return Done()
-    return Malformed(text)
-
-
-def decode_fields(text: str) -> dict[str, str] | None:
-    """``a=1 b=2 text=the rest`` -> its values; None if it is not of that form."""
-    fields: dict[str, str] = {}
-    rest = text.strip()
-    while rest:
-        key, equals, rest = rest.partition("=")
-        if not equals or not _WORD.fullmatch(key) or key in fields or len(fields) == MAX_KEYS:
-            return None
-        if key == "text":
-            fields[key] = rest
-            break
-        fields[key], _, rest = rest.partition(" ")
-        rest = rest.lstrip(" ")
-    return fields
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """What the host says to a question; `fields` are words without spaces, `text` says what was seen or why not."""
 
@@ -206,7 +88,7 @@ class Answer:
         """The line as it is sent; ValueError for a field that the guest could not read back."""
         for key, value in self.fields.items():
             taken = key in {"text", "number", "status"}
-            if taken or not _WORD.fullmatch(key) or not re.fullmatch(r"[!-~]{1,100}", value):
+            if taken or not WORD.fullmatch(key) or not re.fullmatch(r"[!-~]{1,100}", value):
                 raise ValueError(f"an answer's field is a word without spaces: {key}={value}")
         words = "".join(f" {key}={value}" for key, value in self.fields.items())
         text = re.sub(r"[^ -~]", "?", self.text)[:400]
