@@ -133,6 +133,11 @@ def refusal(call: Callable[[], object]) -> int | None:
     return caught.value.errno
 
 
+def descriptors(serving: Serving) -> int:
+    """Descriptors of this process, counted when the loop has done all that came before."""
+    return serving.call(lambda: len(os.listdir("/proc/self/fd")))
+
+
 def assert_served(client: VfioUserClient) -> None:
     assert client.read(0, IDENTITY, 4) == 0x010000ED
 
@@ -352,11 +357,10 @@ def test_only_eventfds_are_taken_for_interrupts(
     """A write to a full pipe would wait for its reader: for ever."""
     read, write = os.pipe()
     body = set_irqs(DATA_EVENTFD | ACTION_TRIGGER, MSIX, 0, 1)
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors(serving)
     assert refusal(lambda: client.call(DEVICE_SET_IRQS, body, descriptors=[write])) == errno.EINVAL
     assert refusal(lambda: client.call(DEVICE_SET_IRQS, body, descriptors=[write, write])) == errno.EINVAL
-    serving.call(lambda: None)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors(serving) == before
     os.close(read)
     os.close(write)
 
@@ -406,10 +410,9 @@ def dma_map(address: int, size: int, *, offset: int = 0, flags: int = 3, argsz: 
 )
 def test_a_map_that_cannot_be_is_refused(client: VfioUserClient, serving: Serving, body: bytes, number: int) -> None:
     with GuestMemory(0x4000) as memory:
-        before = len(os.listdir("/proc/self/fd"))
+        before = descriptors(serving)
         assert refusal(lambda: client.call(DMA_MAP, body, descriptors=[memory.descriptor])) == number
-        serving.call(lambda: None)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert descriptors(serving) == before
     assert serving.regions["target"] == []
 
 
@@ -445,15 +448,14 @@ def test_memory_is_mapped_as_its_descriptor_allows(client: VfioUserClient, tmp_p
 def test_maps_are_bounded_and_none_costs_a_descriptor(client: VfioUserClient, serving: Serving) -> None:
     with GuestMemory(0x4000) as memory:
         client.dma_map(0, 0x1000, memory.descriptor)
-        before = len(os.listdir("/proc/self/fd"))
+        before = descriptors(serving)
         for _ in range(50):  # the library would take each, and lose its descriptor
             assert refusal(lambda: client.dma_map(0, 0x1000, memory.descriptor)) == errno.EEXIST
         assert refusal(lambda: client.dma_map(0, 0x2000, memory.descriptor)) == errno.EINVAL  # overlaps
         for index in range(1, 16):
             client.dma_map(index << 12, 0x1000, memory.descriptor)
         assert refusal(lambda: client.dma_map(16 << 12, 0x1000, memory.descriptor)) == errno.ENOSPC
-        serving.call(lambda: None)
-        assert len(os.listdir("/proc/self/fd")) == before + 15
+        assert descriptors(serving) == before + 15
         assert len(serving.regions["target"]) == 16
 
 
@@ -483,37 +485,36 @@ def test_unmaps_that_cannot_be_are_refused(client: VfioUserClient) -> None:
 
 
 def test_descriptors_where_none_belong_are_closed(client: VfioUserClient, serving: Serving) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors(serving)
     read = struct.pack("<QII", IDENTITY, 0, 4)
     for _ in range(20):
         assert refusal(lambda: client.call(REGION_READ, read, descriptors=[0] * 16)) == errno.EINVAL
     client.send(DMA_MAP, dma_map(0, 0x1000), descriptors=[0, 0], flags=NO_REPLY)
     assert_served(client)
-    serving.call(lambda: None)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors(serving) == before
 
 
 def test_too_many_descriptors_end_the_connection(
     client: VfioUserClient, server: FunctionServer, serving: Serving
 ) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors(serving)
     client.send(REGION_READ, struct.pack("<QII", IDENTITY, 0, 4), descriptors=[0] * 17)
     assert client.at_end()
     serving.wait_for(lambda: not server.connected, "the client's end")
-    assert len(os.listdir("/proc/self/fd")) < before
+    assert descriptors(serving) < before
 
 
 def test_descriptors_of_a_message_that_never_ends_are_closed(
     client: VfioUserClient, server: FunctionServer, serving: Serving
 ) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors(serving)
     header = HEADER.pack(1, DMA_MAP, 48, 0, 0)
     for piece in (header, b"\0", b"\0", b"\0"):
         socket.send_fds(client.socket, [piece], [0] * 16)
     serving.call(lambda: None)
     client.close()
     serving.wait_for(lambda: not server.connected, "the client's end")
-    assert len(os.listdir("/proc/self/fd")) < before
+    assert descriptors(serving) < before
 
 
 # -- All of it at random -----------------------------------------------------------------------------------------------
@@ -531,7 +532,7 @@ def test_random_messages_break_nothing(victim: Victim, path: Path, serving: Serv
 
     shapes = {2: "IIQQQ", 3: "IIQQQQ", 4: "IIII", 5: "IIIIQQ", 6: "IIII", 7: "IIII", 8: "IIIII", 9: "QII", 10: "QIIQ"}
     with GuestMemory(0x10000) as memory:
-        descriptors = [memory.descriptor, os.eventfd(0, os.EFD_NONBLOCK), os.dup(0)]
+        given_out = [memory.descriptor, os.eventfd(0, os.EFD_NONBLOCK), os.dup(0)]
         for _ in range(4):
             with VfioUserClient(path, timeout=5) as client:
                 for _ in range(150):
@@ -542,11 +543,11 @@ def test_random_messages_break_nothing(victim: Victim, path: Path, serving: Serv
                         flags = chance.choice((0x21, 0x24, 0x09, 0x11, 0x22))
                         body = struct.pack("<IIIII", 20, flags, chance.randrange(5), *(number(32) for _ in "ab"))
                     body = body[: chance.randrange(len(body) + 1)] if chance.random() < 0.1 else body
-                    given = chance.sample(descriptors, chance.randrange(3)) if command in (2, 8) else []
+                    given = chance.sample(given_out, chance.randrange(3)) if command in (2, 8) else []
                     with contextlib.suppress(VfioUserError):
                         client.call(command, body, descriptors=given)
                 assert_served(client)
-        for descriptor in descriptors[1:]:
+        for descriptor in given_out[1:]:
             os.close(descriptor)
     serving.wait_for(lambda: serving.regions["target"] == [], "the last client's end")
 

@@ -326,10 +326,10 @@ def test_reconnecting_costs_no_descriptors(server: FunctionServer, serving: Serv
         serving.wait_for(lambda: not server.connected, "the client's end")
 
     once()
-    before = len(os.listdir("/proc/self/fd"))
+    before = serving.call(lambda: len(os.listdir("/proc/self/fd")))
     for _ in range(10):
         once()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert serving.call(lambda: len(os.listdir("/proc/self/fd"))) == before
 
 
 # -- The function's own errors -----------------------------------------------------------------------------------------

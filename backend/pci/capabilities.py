@@ -186,12 +186,18 @@ class PciExpress(Capability):
             Register("EXP_DEVICE_CONTROL", 8, 2, reset=0x2810, rw=control, section="7.5.3.4"),
             Register("EXP_DEVICE_STATUS", 0xA, 2, ro=0x30, w1c=0xF, section="7.5.3.5"),
             Register("EXP_LINK_CAPABILITIES", 0xC, 4, reset=link, ro=0xFFFF_FFFF, section="7.5.3.6"),
-            Register("EXP_LINK_CONTROL", 0x10, 2, rw=0x01FB, section="7.5.3.7"),
+            Register("EXP_LINK_CONTROL", 0x10, 2, rw=(0 if self.integrated else 0x01CB), section="7.5.3.7"),
             Register("EXP_LINK_STATUS", 0x12, 2, reset=link, ro=0xFFFF, section="7.5.3.8"),
             Register("EXP_DEVICE_CAPABILITIES_2", 0x24, 4, reset=device2, ro=0xFFFF_FFFF, section="7.5.3.15"),
             Register("EXP_DEVICE_CONTROL_2", 0x28, 2, rw=0xFFFF, section="7.5.3.16"),
             Register("EXP_LINK_CAPABILITIES_2", 0x2C, 4, reset=(0 if self.integrated else 2), ro=0xFFFF_FFFF),
-            Register("EXP_LINK_CONTROL_2", 0x30, 2, reset=(0 if self.integrated else 1), rw=0xFFFF),
+            Register(
+                "EXP_LINK_CONTROL_2",
+                0x30,
+                2,
+                reset=(0 if self.integrated else 1),
+                rw=(0 if self.integrated else 0xFFFF),
+            ),
         )
 
 

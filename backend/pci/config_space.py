@@ -127,16 +127,13 @@ class ConfigSpace:
                 raise ValueError(f"BAR{index}: a function has BARs 0 to {BAR_COUNT - 1}, a 64-bit one takes two")
             if bar.is_64bit and index + 1 in bars:
                 raise ValueError(f"BAR{index + 1} holds the upper half of the 64-bit BAR{index}")
-            width = 4 * slots
-            self._lay(
-                BAR0 + 4 * index,
-                Register(f"BAR{index}", 0, width, bar.type_bits, ro=0xF, rw=bar.address_mask & ~0xF),
-            )
+            kind = 0x3 if bar.is_io else 0xF
+            register = Register(f"BAR{index}", 0, 4 * slots, bar.type_bits, ro=kind, rw=bar.address_mask & ~kind)
+            self._lay(BAR0 + 4 * index, register)
 
     def _lay_chain(self, capabilities: Sequence[Capability]) -> None:
         link = CAPABILITY_POINTER
-        for capability in capabilities:
-            offset = self._place(capability, HEADER_SIZE, CONFIG_STANDARD_SIZE)
+        for capability, offset in self._places(capabilities, HEADER_SIZE, CONFIG_STANDARD_SIZE):
             self._data[link] = offset
             self._data[offset] = capability.id
             link = offset + 1
@@ -146,14 +143,22 @@ class ConfigSpace:
     def _lay_extended_chain(self, capabilities: Sequence[Capability]) -> None:
         # The chain must begin at 0x100 (PCIe 5.0, 7.6.1), so the first one stands there or none does.
         previous: int | None = None
-        for capability in capabilities:
-            offset = self._place(capability, CONFIG_STANDARD_SIZE, CONFIG_SIZE)
+        for capability, offset in self._places(capabilities, CONFIG_STANDARD_SIZE, CONFIG_SIZE):
             if previous is None and offset != CONFIG_STANDARD_SIZE:
                 raise ValueError(f"the first extended capability stands at 0x100, not at {offset:#x}")
             self.set(offset, 4, capability.id | capability.version << 16)
             if previous is not None:
                 self.set(previous, 4, self.read(previous, 4) | offset << 20)
             previous = offset
+
+    def _places(self, capabilities: Sequence[Capability], start: int, end: int) -> list[tuple[Capability, int]]:
+        """Each capability with its offset, in the order given; those that ask for a place come first to it."""
+        places: dict[int, int] = {}
+        for index, capability in sorted(enumerate(capabilities), key=lambda item: item[1].offset is None):
+            places[index] = self._place(capability, start, end)
+        for index, capability in enumerate(capabilities):
+            self._found.setdefault((capability.extended, capability.id), places[index])
+        return [(capability, places[index]) for index, capability in enumerate(capabilities)]
 
     def _place(self, capability: Capability, start: int, end: int) -> int:
         """Find room, write the registers, remember the place; returns the offset."""
@@ -168,7 +173,6 @@ class ConfigSpace:
             where = "anywhere" if capability.offset is None else f"at {capability.offset:#x}"
             raise ValueError(f"{name} ({capability.size} bytes) does not fit {where} in [{start:#x}, {end:#x})")
         self._used.append((offset, offset + capability.size, name))
-        self._found.setdefault((capability.extended, capability.id), offset)
         for register in capability.registers():
             self._lay(offset, register)
         return offset

@@ -61,7 +61,7 @@ class PciFunction:
         self.config = ConfigSpace(ids, self.bars, capabilities, force_bus_master=force_bus_master)
         self._dma: DmaPort | None = None
         self._signal: Callable[[int], bool] | None = None
-        self._pending: set[int] = set()
+        self._pending = 0  # a bit a vector
         self._msi = next((item for item in capabilities if isinstance(item, Msi)), None)
         self._msix = next((item for item in capabilities if isinstance(item, Msix)), None)
         self._msi_offset = self.config.find(Msi.id) or 0
@@ -69,6 +69,9 @@ class PciFunction:
         self._exp_offset = self.config.find(PciExpress.id) or 0
         self._flr = any(item.flr for item in capabilities if isinstance(item, PciExpress))
         self._check_msix()
+        self._pba_bar = self._msix.pba_bar if self._msix else -1
+        self._pba_start = self._msix.pba_offset if self._msix else 0
+        self._pba_end = self._msix.pba_end if self._msix else 0
         self.config.on_write(COMMAND, 2, self.deliver_pending)
         if self._msi is not None:
             self.config.on_write(self._msi_offset, self._msi.size, self.deliver_pending)
@@ -109,6 +112,8 @@ class PciFunction:
     def bar_read(self, bar: int, offset: int, size: int) -> int:
         """A guest's read of 1, 2, 4 or 8 bytes; from the BAR's registers unless a device overrides it."""
         registers = self.bars[bar].registers
+        if bar == self._pba_bar and self._pba_start <= offset < self._pba_end:
+            return self._pending >> 8 * (offset - self._pba_start) & (1 << 8 * size) - 1
         return 0 if registers is None else registers.read(offset, size)
 
     def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
@@ -121,7 +126,7 @@ class PciFunction:
 
     def reset(self, kind: ResetKind) -> None:
         """Registers, config space and pending interrupts to reset values; devices extend it."""
-        self._pending.clear()
+        self._pending = 0
         self.config.reset()
         for bar in self.bars.values():
             if bar.registers is not None:
@@ -145,7 +150,7 @@ class PciFunction:
     @property
     def pending_interrupts(self) -> frozenset[int]:
         """Vectors raised while they could not be sent."""
-        return frozenset(self._pending)
+        return frozenset(_bits(self._pending))
 
     def connect_interrupts(self, signal: Callable[[int], bool] | None) -> None:
         """`signal(vector)` sends an interrupt and says whether the other side has taken it; None: nobody listens."""
@@ -156,12 +161,19 @@ class PciFunction:
         if not 0 <= vector < self.interrupt_vectors:
             raise ValueError(f"{self.name}: vector {vector} of {self.interrupt_vectors}")
         if not self._send(vector):
-            self._pending.add(vector)
+            self._set_pending(self._pending | 1 << vector)
 
     def deliver_pending(self) -> None:
         """Send what was kept, as far as it can be sent now."""
         if self._pending:
-            self._pending = {vector for vector in sorted(self._pending) if not self._send(vector)}
+            sent = sum(1 << vector for vector in _bits(self._pending) if self._send(vector))
+            self._set_pending(self._pending & ~sent)
+
+    def _set_pending(self, pending: int) -> None:
+        self._pending = pending
+        if self._msi is not None and self._msi.per_vector_mask:
+            bits = (1 << self._msi.vectors) - 1
+            self.config.set(self._msi_offset + self._msi.mask_offset + 4, 4, pending & bits)
 
     def _send(self, vector: int) -> bool:
         if self._signal is None or not self.bus_master:
@@ -197,3 +209,8 @@ class PciFunction:
         control = self.config.read(self._exp_offset + 8, 2)
         if control & EXP_DEVCTL_FLR:
             self.reset(ResetKind.FLR)
+
+
+def _bits(mask: int) -> list[int]:
+    """The numbers of the bits set, lowest first."""
+    return [bit for bit in range(mask.bit_length()) if mask >> bit & 1]

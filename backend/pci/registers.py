@@ -135,26 +135,27 @@ class RegisterTable:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A guest's write of the low `size` bytes of `value` at `offset`; runs the hooks of what it touched."""
-        bytes_written = (1 << 8 * size) - 1
-        value &= bytes_written
+        enabled = (1 << 8 * size) - 1
+        index = self._exact.get((offset, size))
+        if index is not None:
+            self._write_one(index, value, enabled)
+            return
         for index in self._touched(offset, size):
-            register = self.registers[index]
-            shift = 8 * (offset - register.offset)
+            shift = 8 * (offset - self.registers[index].offset)
             if shift >= 0:
-                moved, enabled = value << shift, bytes_written << shift
+                self._write_one(index, value << shift, enabled << shift)
             else:
-                moved, enabled = value >> -shift, bytes_written >> -shift
-            old = self._values[index]
-            new = self._values[index] = register.written(old, moved, enabled)
-            hook = self._write_hooks[index]
-            if hook is not None:
-                hook(new, old)
+                self._write_one(index, value >> -shift, enabled >> -shift)
+
+    def _write_one(self, index: int, value: int, enabled: int) -> None:
+        old = self._values[index]
+        new = self._values[index] = self.registers[index].written(old, value, enabled)
+        hook = self._write_hooks[index]
+        if hook is not None:
+            hook(new, old)
 
     def _touched(self, offset: int, size: int) -> list[int]:
         """Indices of the registers that overlap [offset, offset + size), in order of offset."""
-        exact = self._exact.get((offset, size))
-        if exact is not None:
-            return [exact]
         found: list[int] = []
         for byte in range(offset, offset + size):
             index = self._by_byte.get(byte)
