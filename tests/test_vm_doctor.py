@@ -42,8 +42,8 @@ def by_name() -> dict[str, Part]:
 
 def command(*argv: str) -> int:
     parser = argparse.ArgumentParser()
-    verb.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["doctor", *argv])
+    verb.fill_parser(parser)
+    args = parser.parse_args(argv)
     return int(args.run(args))
 
 

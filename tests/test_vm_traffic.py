@@ -33,7 +33,8 @@ def test_direct_requests_count_by_when_they_came() -> None:
     meter.begin()
     one.count(direct=5)  # firmware
     meter.switch(on=True)
-    one.count(nested=10, refused=1)
+    one.count(nested=10, refused=1)  # it had to wait for its route
+    meter.faulted()
     two.count(direct=3)  # by the guest's IOMMU, which is on
     now = meter.traffic()
     assert (now.translations, now.moved, now.bypassed, now.before_iommu, now.faults) == (10, 10, 3, 5, 1)
@@ -45,4 +46,4 @@ def test_direct_requests_count_by_when_they_came() -> None:
     assert (now.translations, now.bypassed, now.before_iommu) == (11, 5, 12)
     assert now.requests == 10 + 1 + 1 + 3 + 5 + 7 + 2
     meter.begin()
-    assert (meter.traffic().requests, meter.traffic().bypassed) == (0, 0)
+    assert (meter.traffic().requests, meter.traffic().bypassed, meter.traffic().faults) == (0, 0, 0)

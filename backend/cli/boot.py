@@ -9,7 +9,6 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from backend.cli.options import add_machine_options, chosen_machine, namespaces
 from backend.cli.supervisor import EXIT_CHECK_FAILED, EXIT_OK, guarded, supervise
@@ -23,15 +22,10 @@ from backend.vm.report import Report
 from backend.vm.run_folder import RunFolder
 from backend.vm.summary import report_of
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the verb to the command line."""
-    parser = subparsers.add_parser(
-        "boot", help="boot a stock guest behind our IOMMU and check every claim", description=__doc__
-    )
+def fill_parser(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.description = __doc__
     add_machine_options(parser)
     parser.add_argument(
         "--full",
@@ -115,7 +109,9 @@ def _dry_run(machine: Machine, args: argparse.Namespace) -> int:
 
         bar = asyncio.run(learn())
         command = parts.command(machine, sockets)
-    serve = [str(Path(sys.argv[0]).absolute()), "serve", "--machine", args.machine]
+    program = Path(sys.executable).with_name("vioasid")
+    command_name = [str(program)] if program.exists() else [sys.executable, "-m", "backend.cli.main"]
+    serve = [*command_name, "serve", "--machine", args.machine]
     for option in ("memory", "cpus", "disk", "disk_size"):
         value = getattr(args, option)
         if value is not None:

@@ -7,20 +7,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from backend.vm.doctor import Part, Status, all_well, examine
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 COLOURS = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "red"}
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the verb to the command line."""
-    summary = "say what this machine has and lacks, and the fix"
-    parser = subparsers.add_parser("doctor", help=summary, description=__doc__)
+def fill_parser(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.description = __doc__
     shape = '{"ok", "parts": [{"name", "status", "detail", "fix"}]}'
     parser.add_argument("--json", action="store_true", help=f"print {shape}")
     parser.set_defaults(run=run)

@@ -38,7 +38,10 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto: KVM where it works, else TCG"
     )
     parser.add_argument(
-        "--disk", type=Path, metavar="FILE", help="the namespace of the first NVMe controller; without it, memory"
+        "--disk",
+        type=Path,
+        metavar="FILE",
+        help="the namespace of the first NVMe controller (the checks overwrite it); without it, memory",
     )
     parser.add_argument("--disk-size", metavar="SIZE", help="create or extend --disk FILE to this size")
 

@@ -25,14 +25,12 @@ from backend.vm.run_folder import RunFolder
 if TYPE_CHECKING:
     from backend.endpoints.nvme import Namespace
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
 COMMAND_SECONDS = 10  # between asking the command to end and killing it, when we are interrupted
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the verb to the command line."""
-    parser = subparsers.add_parser("serve", help="serve a machine's functions for your own QEMU", description=__doc__)
+def fill_parser(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.description = __doc__
     add_machine_options(parser)
     parser.add_argument(
         "--name", metavar="NAME", help="the run's name, after which its sockets' folder is called (the machine's)"

@@ -41,10 +41,13 @@ MESSAGES_A_TURN = 64
 """Messages served before other connections have their turn: under a millisecond of register accesses."""
 
 _ANCILLARY = socket.CMSG_SPACE(DESCRIPTORS_MAX * 4)
-_RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+# Plain ints: operators of socket's flag enumerations cost as much as a system call.
+_RECEIVE = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED = int(socket.MSG_CTRUNC)
 _WIDTHS = ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))
-_NUMBER = {size: struct.Struct("<" + code) for size, code in _WIDTHS}
-_READ_REPLY = {size: struct.Struct(ACCESS.format + code) for size, code in _WIDTHS}
+_NUMBER = {size: struct.Struct("<" + code).unpack_from for size, code in _WIDTHS}
+_READ_REPLY = {size: struct.Struct(ACCESS.format + code).pack for size, code in _WIDTHS}
+_unpack = ACCESS.unpack_from
 
 
 class State(enum.Enum):
@@ -86,8 +89,12 @@ class Client:
         self._loop = loop
         self._framer = Framer()
         self._unsent = b""
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLIN)
+        self._reading = True  # while there is someone to read from, and nothing that must be sent first
+        self._receive_into = connection.recvmsg_into
+        self._send = connection.send
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        self._poll = poll.poll
         loop.add_reader(connection, self._turn)
 
     def serve(self, session: Session) -> None:
@@ -108,6 +115,7 @@ class Client:
             return
         self._owner.log.info("%s: client gone: %s", self._function.name, why)
         self.state = State.GONE
+        self._reading = False
         self._loop.remove_reader(self._connection)
         self._loop.remove_writer(self._connection)
         self._connection.close()
@@ -117,7 +125,7 @@ class Client:
     def send(self, reply: bytes) -> None:
         """Send, or keep what does not fit; nothing more is read from the client until that is gone."""
         try:
-            sent = self._connection.send(reply)
+            sent = self._send(reply)
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -125,6 +133,7 @@ class Client:
             return
         if sent != len(reply):
             self._unsent = reply[sent:]
+            self._reading = False
             self._loop.remove_reader(self._connection)
             self._loop.add_writer(self._connection, self._writable)
 
@@ -136,11 +145,11 @@ class Client:
         budget = MESSAGES_A_TURN
         try:
             while self._reading:
-                if framer.start != framer.end:
-                    if self.session is not None:
-                        budget = self._serve_accesses(budget)
-                        if not self._reading:
-                            break
+                if framer.start == framer.end and not self._receive():
+                    break
+                if self.session is not None:
+                    budget = self._serve_accesses(budget)
+                if framer.start != framer.end and self._reading:
                     if budget <= 0:
                         self._loop.call_soon(self._continue)
                         break
@@ -148,8 +157,9 @@ class Client:
                     if message is not None:
                         budget -= 1
                         self._handle(message)
-                        continue
-                if not self._poll.poll(0) or not self._receive():
+                    elif not self._receive():
+                        break
+                elif budget <= 0 or not self._poll(0):
                     break
         except FramingError as error:
             self.close(str(error))
@@ -159,17 +169,13 @@ class Client:
             except Exception as error:
                 self._owner.record(error)
 
-    @property
-    def _reading(self) -> bool:
-        """Whether there is still someone to read from, and nothing that must be sent first."""
-        return not self._unsent and self.state is not State.GONE
-
     def _continue(self) -> None:
         if self._reading:
             self._turn()
 
     def _writable(self) -> None:
         reply, self._unsent = self._unsent, b""
+        self._reading = True
         self._loop.remove_writer(self._connection)
         self._loop.add_reader(self._connection, self._turn)
         self.send(reply)
@@ -178,18 +184,21 @@ class Client:
     def _receive(self) -> bool:
         """Take what the socket holds; False when there is nothing to go on with."""
         try:
-            count, ancillary, flags, _ = self._connection.recvmsg_into((self._framer.room(),), _ANCILLARY, _RECEIVE)
+            count, ancillary, flags, _ = self._receive_into((self._framer.room(),), _ANCILLARY, _RECEIVE)
         except BlockingIOError:
             return False
         except OSError as error:
             self.close(f"cannot be read from: {error.strerror}")
             return False
+        if count and not ancillary and not flags & _TRUNCATED:
+            self._framer.end += count
+            return True
         descriptors: list[int] = []
         for _, _, data in ancillary:
             whole = array.array("i")
             whole.frombytes(data[: len(data) - len(data) % whole.itemsize])
             descriptors += whole
-        if count and not flags & socket.MSG_CTRUNC:
+        if count and not flags & _TRUNCATED:
             self._framer.received(count, descriptors)
             return True
         _close_all(descriptors)
@@ -202,22 +211,28 @@ class Client:
         """Serve the accesses of 1, 2, 4 or 8 bytes at the front of the stream; returns what is left of the budget."""
         framer = self._framer
         buffer = framer.buffer
-        sizes = self._region_sizes
-        while budget > 0 and framer.end - framer.start >= ACCESS.size and not framer.descriptors:
-            start = framer.start
-            identity, command, size, flags, _, offset, region, count = ACCESS.unpack_from(buffer, start)
-            if count not in _NUMBER or offset + count > sizes.get(region, 0) or flags & ~FLAG_NO_REPLY:
+        start, end = framer.start, framer.end
+        while budget > 0 and end - start >= ACCESS.size and not framer.descriptors:
+            identity, command, size, flags, _, offset, region, count = _unpack(buffer, start)
+            if count not in _NUMBER or flags & ~FLAG_NO_REPLY or offset + count > self._region_sizes.get(region, 0):
                 break
             try:
                 if command == REGION_READ and size == ACCESS.size:
-                    framer.start = start + size
-                    value = self._read(region, offset, count)
-                    reply = _READ_REPLY[count].pack(
+                    framer.start = start = start + size
+                    if region != CONFIG_REGION:
+                        value = self._function.bar_read(region, offset, count)
+                    else:
+                        value = self._function.config.read(offset, count)
+                    reply = _READ_REPLY[count](
                         identity, command, size + count, TYPE_REPLY, 0, offset, region, count, value
                     )
-                elif command == REGION_WRITE and size == ACCESS.size + count and framer.end - start >= size:
-                    framer.start = start + size
-                    self._write(region, offset, count, _NUMBER[count].unpack_from(buffer, start + ACCESS.size)[0])
+                elif command == REGION_WRITE and size == ACCESS.size + count and end - start >= size:
+                    (value,) = _NUMBER[count](buffer, start + ACCESS.size)
+                    framer.start = start = start + size
+                    if region != CONFIG_REGION:
+                        self._function.bar_write(region, offset, count, value)
+                    else:
+                        self._function.config.write(offset, count, value)
                     reply = ACCESS.pack(identity, command, ACCESS.size, TYPE_REPLY, 0, offset, region, count)
                 else:
                     break
@@ -230,17 +245,6 @@ class Client:
                 if not self._reading:
                     break
         return budget
-
-    def _read(self, region: int, offset: int, count: int) -> int:
-        if region == CONFIG_REGION:
-            return self._function.config.read(offset, count)
-        return self._function.bar_read(region, offset, count)
-
-    def _write(self, region: int, offset: int, count: int, value: int) -> None:
-        if region == CONFIG_REGION:
-            self._function.config.write(offset, count, value)
-        else:
-            self._function.bar_write(region, offset, count, value)
 
     def _handle(self, message: Message) -> None:
         """Any message but the accesses above."""

@@ -77,10 +77,12 @@ class Framer:
 
     def room(self) -> memoryview:
         """Where to receive to. Empty only if the message at the start is longer than a message may be."""
+        if self.start == self.end:
+            self.start = self.end = 0
+            return self._view
         if self.start:
             waiting = self.end - self.start
-            if waiting:
-                self.buffer[:waiting] = self.buffer[self.start : self.end]
+            self.buffer[:waiting] = self.buffer[self.start : self.end]
             self.descriptors = [(at - self.start, held) for at, held in self.descriptors]
             self.start, self.end = 0, waiting
         return self._view[self.end :]

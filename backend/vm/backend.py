@@ -52,7 +52,7 @@ class Backend:
         self.context.attach(machine.iommu.rid, self.stage2)
         self.engine.set_router(self.iommu.route)
         self.engine.on_fault(self.iommu.on_fault)
-        self.engine.on_fault(self.faults.append)
+        self.engine.on_fault(self._faulted)
 
     async def start(self) -> None:
         """Listen on every function's socket. CannotRun if a path will not do, or libvfio-user will not."""
@@ -86,6 +86,11 @@ class Backend:
             await server.close()
         self.memory.close()
         self.engine.close()
+
+    def _faulted(self, fault: Fault) -> None:
+        self.faults.append(fault)
+        if fault.rid in self.iommu.endpoints:
+            self.meter.faulted()
 
     def _functions(self) -> list[tuple[PciFunction, int]]:
         by_name: dict[str, PciFunction] = {self.machine.iommu.name: self.iommu, **self.controllers}

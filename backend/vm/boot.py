@@ -26,6 +26,7 @@ from backend.vm.traffic import Traffic
 
 POWER_OFF_SECONDS = 30  # Linux takes 0.2 s from the answer to the end of QEMU
 CHANNEL_SECONDS = 10  # QEMU connects its chardevs before it answers on the monitor
+QEMU_GONE_SECONDS = 0.5  # between the end of QEMU's sockets and the end of its process; seen: 0.05
 RESETS_A_REBOOT = 2  # the guest's own, and another by SeaBIOS where it finds its memory as the guest left it
 CONSOLE_TAIL = 1 << 16  # bytes at the end of the console's log in which a panic is looked for
 
@@ -142,6 +143,8 @@ class Boot:
         try:
             await host.qemu.while_alive(_first(work, watch), limits.boot + limits.checks + POWER_OFF_SECONDS)
         except GuestLost as lost:
+            # a QEMU that died takes the guest's channel with it, and is seen to end a moment later
+            await host.qemu.while_alive(asyncio.sleep(QEMU_GONE_SECONDS), POWER_OFF_SECONDS)
             if panic := self._panic(each):
                 raise VmLost("guest", panic) from lost
             raise

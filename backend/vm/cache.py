@@ -128,7 +128,7 @@ class Cache:
             entry, work = Path(making, "entry"), Path(making, "work")
             entry.mkdir()
             work.mkdir()
-            with shown(f"fetching {what}") as report:
+            with shown(f"preparing {what}") as report:
                 made = maker(entry, work, report)
                 report("writing to disk")
                 manifest = {"name": name, "key": key, "facts": dict(made.facts), "requires": list(made.requires)}

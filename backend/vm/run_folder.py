@@ -45,10 +45,10 @@ class RunFolder:
         return path
 
     def close(self) -> None:
-        """Remove the sockets, and the logs unless they are to be kept."""
+        """Remove the sockets, and the logs unless they are to be kept and there are any."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
-        if not self.keep_logs:
+        if not self.keep_logs or not any(self.logs.iterdir()):
             shutil.rmtree(self.logs, ignore_errors=True)
         else:
             _forget_old_logs()

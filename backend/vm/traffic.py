@@ -14,7 +14,8 @@ class Traffic:
     """Requests of endpoints. `bypassed` and `translations` are of the time during which the guest's IOMMU was on.
 
     A translation went through a page table of the guest's, nested beneath ours; `moved` of them found a GPA that
-    differs from the IOVA. What bypassed went by our table alone, and so did what came `before_iommu`: firmware.
+    differs from the IOVA. What bypassed went by our table alone, and so did what came `before_iommu`: firmware. A fault
+    is a request that was refused in the end; one that only waited for its route is none.
     """
 
     requests: int = 0
@@ -35,17 +36,22 @@ class TrafficMeter:
         self._switched = self._start
         self._on = False
         self._bypassed = 0
+        self._faults = 0
 
     def begin(self) -> None:
         """Count from here: a guest starts."""
         self._start = self._switched = self._read()
-        self._bypassed = 0
+        self._bypassed = self._faults = 0
 
     def switch(self, *, on: bool) -> None:
         """The guest turns its IOMMU on or off; called before a route changes."""
         self._bypassed = self._bypassed_so_far()
         self._switched = self._read()
         self._on = on
+
+    def faulted(self) -> None:
+        """An endpoint's request was refused."""
+        self._faults += 1
 
     def traffic(self) -> Traffic:
         """Since `begin`."""
@@ -58,7 +64,7 @@ class TrafficMeter:
             moved=now.moved - start.moved,
             bypassed=bypassed,
             before_iommu=now.direct - start.direct - bypassed,
-            faults=now.faults - start.faults,
+            faults=self._faults,
         )
 
     def _bypassed_so_far(self) -> int:
