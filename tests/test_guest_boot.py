@@ -251,3 +251,17 @@ def test_the_line_of_a_dry_run_runs(place: Place) -> None:
     assert "not ok" not in results
     assert "ok 1 iommu" in results
     place.nothing_left()
+
+
+def test_a_qemu_that_does_not_share_its_memory(place: Place) -> None:
+    dry = subprocess.run(
+        [*COMMAND, "boot", "--dry-run"], env=place.environment, capture_output=True, text=True, check=True, timeout=100
+    )
+    assert ",share=on" in dry.stdout
+    done = subprocess.run(
+        ["sh", "-c", dry.stdout.replace(",share=on", ",share=off")],
+        env=place.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "share=on and -machine memory-backend=ram" in done.stderr
+    place.nothing_left()

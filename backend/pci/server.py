@@ -82,6 +82,11 @@ class FunctionServer:
         """Whether a client is served."""
         return self._served is not None
 
+    @property
+    def peer_pid(self) -> int:
+        """The process id of the client that is served; 0 for none, or for one that cannot be seen from here."""
+        return self._served.peer_pid if self._served is not None else 0
+
     async def start(self) -> None:
         """Listen. SocketRefused for a bad path, LibraryMissing or LibraryError if the library will not do."""
         self._library = load(self._library_path)

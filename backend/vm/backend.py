@@ -13,6 +13,7 @@ from backend.endpoints.nvme import Namespace, NvmeController
 from backend.ioasid import Engine, Kind
 from backend.pci import DmaRegion, FunctionServer, LibraryError, LibraryMissing, PciFunction, SocketRefused
 from backend.viommu.amd import AmdIommu
+from backend.vm.backing import private_to
 from backend.vm.errors import CannotRun
 from backend.vm.lost import VmLost
 from backend.vm.machine import Machine
@@ -43,6 +44,7 @@ class Backend:
         self.memory = VmMemory(self.context, self.stage2)
         self.iommu = AmdIommu(self.context, self.stage2, [f.rid for f in machine.endpoints], name=machine.iommu.name)
         self.controllers = {f.name: NvmeController(namespaces[f.name], name=f.name) for f in machine.endpoints}
+        self._unshared = asyncio.Event()
         self.faults: deque[Fault] = deque(maxlen=FAULTS_KEPT)
         self.servers = [self._connect(function, rid, sockets) for function, rid in self._functions()]
         meter = TrafficMeter([controller.dma for controller in self.controllers.values()])
@@ -63,11 +65,20 @@ class Backend:
                 raise CannotRun(f"{server.function.name} cannot be served: {error}") from error
 
     async def watch(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`; VmLost as soon as a function's own code fails, for its guest may wait for ever."""
+        """The result of `work`; VmLost as soon as a function's own code fails, for its guest may wait for ever.
+
+        CannotRun when a QEMU does not share its guest's memory: every DMA would fault.
+        """
         task = asyncio.ensure_future(work)
         failed = [asyncio.ensure_future(server.failed()) for server in self.servers]
+        unshared = asyncio.ensure_future(self._unshared.wait())
         try:
-            await asyncio.wait({task, *failed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, unshared, *failed}, return_when=asyncio.FIRST_COMPLETED)
+            if unshared.done():
+                raise CannotRun(
+                    "QEMU keeps its guest's memory to itself, so no function can reach it; give QEMU "
+                    "-object memory-backend-memfd,id=ram,size=SIZE,share=on and -machine memory-backend=ram"
+                )
             for server, failure in zip(self.servers, failed, strict=True):
                 if failure.done():
                     error = failure.result()
@@ -76,9 +87,9 @@ class Backend:
                     ) from error
             return task.result()
         finally:
-            for each in (task, *failed):
+            for each in (task, unshared, *failed):
                 each.cancel()
-            await asyncio.gather(task, *failed, return_exceptions=True)
+            await asyncio.gather(task, unshared, *failed, return_exceptions=True)
 
     async def close(self) -> None:
         """End every connection and give all memory back."""
@@ -103,10 +114,14 @@ class Backend:
         self.context.bind_device(rid)
 
         def mapped(region: DmaRegion) -> None:
+            # RAM begins at 0; elsewhere, ROM may well have no file
+            if region.gpa == 0 and (region.hva is None or private_to(server.peer_pid, region.hva, region.size)):
+                self._unshared.set()
             self.memory.map(function.name, region)
 
         def unmapped(region: DmaRegion) -> None:
             self.memory.unmap(function.name, region)
 
         path = sockets[function.name]
-        return FunctionServer(function, path, on_dma_map=mapped, on_dma_unmap=unmapped, library=self._libvfio_user)
+        server = FunctionServer(function, path, on_dma_map=mapped, on_dma_unmap=unmapped, library=self._libvfio_user)
+        return server

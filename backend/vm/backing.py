@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 from backend.ioasid import PAGE_SIZE, IoasidError
@@ -67,6 +68,22 @@ def identify(hva: int, size: int) -> Identity:
                 )
             return Identity(device, int(inode), int(offset, 16) + hva - start, size, permissions[1] == "w")
     raise IoasidError(errno.EFAULT, f"no mapping of this process covers HVA [{hva:#x}, {hva + size:#x})")
+
+
+def private_to(pid: int, hva: int, size: int) -> bool:
+    """Whether process `pid` maps the file behind our [hva, hva + size) for itself alone, as QEMU does without share=on.
+
+    What it writes there never reaches the file, so the file that it gave us shows nothing of its memory. False also
+    where its mappings cannot be read.
+    """
+    with suppress(OSError, IoasidError):
+        identity = identify(hva, size)
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            for line in maps:
+                _, permissions, _, device, inode = line.split(maxsplit=5)[:5]
+                if (device, int(inode)) == (identity.device, identity.inode) and permissions.startswith("rw"):
+                    return permissions[3] == "p"
+    return False
 
 
 @dataclass(slots=True, eq=False)
