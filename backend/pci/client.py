@@ -19,8 +19,12 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from backend.pci.config_space import CONFIG_SIZE
 from backend.pci.function import PciFunction
 from backend.pci.messages import (
     ACCESS,
@@ -40,6 +44,7 @@ from ctypes_bindings import LibraryError, errno_of
 MESSAGES_A_TURN = 64
 """Messages served before other connections have their turn: under a millisecond of register accesses."""
 
+_CREDENTIALS = struct.Struct("iII")
 _ANCILLARY = socket.CMSG_SPACE(DESCRIPTORS_MAX * 4)
 # Plain ints: operators of socket's flag enumerations cost as much as a system call.
 _RECEIVE = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
@@ -48,6 +53,7 @@ _WIDTHS = ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))
 _NUMBER = {size: struct.Struct("<" + code).unpack_from for size, code in _WIDTHS}
 _READ_REPLY = {size: struct.Struct(ACCESS.format + code).pack for size, code in _WIDTHS}
 _unpack = ACCESS.unpack_from
+_NOT_POSTED = ~FLAG_NO_REPLY
 
 
 class State(enum.Enum):
@@ -63,7 +69,6 @@ class Owner(Protocol):
 
     function: PciFunction
     log: logging.Logger
-    region_sizes: dict[int, int]
 
     def greeted(self, client: Client, version: Message) -> None:
         """The client has sent its version: attach it or refuse it."""
@@ -75,6 +80,19 @@ class Owner(Protocol):
         """The function's own code raised."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A region as accesses reach it: its size in bytes, read(offset, size), write(offset, size, value)."""
+
+    size: int
+    read: Callable[[int, int], int]
+    write: Callable[[int, int, int], None]
+
+    @classmethod
+    def of_bar(cls, function: PciFunction, bar: int) -> _Target:
+        return cls(function.bars[bar].size, partial(function.bar_read, bar), partial(function.bar_write, bar))
+
+
 class Client:
     """A connection from the moment it is accepted until it ends, by either side."""
 
@@ -84,7 +102,8 @@ class Client:
         self.session: Session | None = None
         self._owner = owner
         self._function = owner.function
-        self._region_sizes = owner.region_sizes
+        self._targets = {bar: _Target.of_bar(owner.function, bar) for bar in owner.function.bars}
+        self._targets[CONFIG_REGION] = _Target(CONFIG_SIZE, owner.function.config.read, owner.function.config.write)
         self._connection = connection
         self._loop = loop
         self._framer = Framer()
@@ -92,15 +111,18 @@ class Client:
         self._reading = True  # while there is someone to read from, and nothing that must be sent first
         self._receive_into = connection.recvmsg_into
         self._send = connection.send
-        poll = select.poll()
-        poll.register(connection, select.POLLIN)
-        self._poll = poll.poll
         loop.add_reader(connection, self._turn)
 
     def serve(self, session: Session) -> None:
         """The version is agreed on: requests go to this session from now on."""
         self.session = session
         self.state = State.SERVED
+
+    @property
+    def peer_pid(self) -> int:
+        """The process at the other end (SO_PEERCRED, unix(7)); 0 where it cannot be seen from here."""
+        found = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return int(_CREDENTIALS.unpack(found)[0])
 
     @property
     def hung_up(self) -> bool:
@@ -159,7 +181,7 @@ class Client:
                         self._handle(message)
                     elif not self._receive():
                         break
-                elif budget <= 0 or not self._poll(0):
+                elif budget <= 0:
                     break
         except FramingError as error:
             self.close(str(error))
@@ -210,29 +232,25 @@ class Client:
     def _serve_accesses(self, budget: int) -> int:
         """Serve the accesses of 1, 2, 4 or 8 bytes at the front of the stream; returns what is left of the budget."""
         framer = self._framer
-        buffer = framer.buffer
         start, end = framer.start, framer.end
-        while budget > 0 and end - start >= ACCESS.size and not framer.descriptors:
-            identity, command, size, flags, _, offset, region, count = _unpack(buffer, start)
-            if count not in _NUMBER or flags & ~FLAG_NO_REPLY or offset + count > self._region_sizes.get(region, 0):
+        while end - start >= ACCESS.size and budget > 0 and not framer.descriptors:
+            identity, command, size, flags, _, offset, region, count = _unpack(framer.buffer, start)
+            target = self._targets.get(region)
+            if target is None or offset + count > target.size or flags & _NOT_POSTED:
                 break
             try:
-                if command == REGION_READ and size == ACCESS.size:
+                if command == REGION_READ and size == ACCESS.size and count in _READ_REPLY:
                     framer.start = start = start + size
-                    if region != CONFIG_REGION:
-                        value = self._function.bar_read(region, offset, count)
-                    else:
-                        value = self._function.config.read(offset, count)
+                    value = target.read(offset, count)
                     reply = _READ_REPLY[count](
                         identity, command, size + count, TYPE_REPLY, 0, offset, region, count, value
                     )
-                elif command == REGION_WRITE and size == ACCESS.size + count and end - start >= size:
-                    (value,) = _NUMBER[count](buffer, start + ACCESS.size)
+                elif (
+                    command == REGION_WRITE and size == ACCESS.size + count and end - start >= size and count in _NUMBER
+                ):
+                    (value,) = _NUMBER[count](framer.buffer, start + ACCESS.size)
                     framer.start = start = start + size
-                    if region != CONFIG_REGION:
-                        self._function.bar_write(region, offset, count, value)
-                    else:
-                        self._function.config.write(offset, count, value)
+                    target.write(offset, count, value)
                     reply = ACCESS.pack(identity, command, ACCESS.size, TYPE_REPLY, 0, offset, region, count)
                 else:
                     break

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from backend.pci.client import Client, State
-from backend.pci.config_space import CONFIG_SIZE
 from backend.pci.dma import DmaRegion
 from backend.pci.function import PciFunction
 from backend.pci.messages import Message
-from backend.pci.session import CONFIG_REGION, OddAccess, Session
+from backend.pci.session import OddAccess, Session
 from ctypes_bindings import Library, LibraryError, Refused, load
 
 GREETING_SECONDS = 5.0
@@ -63,7 +62,6 @@ class FunctionServer:
         self.on_disconnect: Callable[[], None] | None = None
         """Called after a served client is gone and the function is reset."""
         self.log = log or logging.getLogger(__name__)
-        self.region_sizes = {index: bar.size for index, bar in function.bars.items()} | {CONFIG_REGION: CONFIG_SIZE}
         self.errors: list[BaseException] = []
         """What the function's own code raised, the first ERRORS_KEPT of it."""
         self._library_path = library
