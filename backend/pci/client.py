@@ -53,6 +53,7 @@ _WIDTHS = ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))
 _NUMBER = {size: struct.Struct("<" + code).unpack_from for size, code in _WIDTHS}
 _READ_REPLY = {size: struct.Struct(ACCESS.format + code).pack for size, code in _WIDTHS}
 _unpack = ACCESS.unpack_from
+_ACCESS_SIZE = ACCESS.size
 _NOT_POSTED = ~FLAG_NO_REPLY
 
 
@@ -166,25 +167,21 @@ class Client:
         framer = self._framer
         budget = MESSAGES_A_TURN
         try:
-            while self._reading:
-                if framer.start == framer.end and not self._receive():
-                    break
+            while self._reading and budget > 0:
                 if self.session is not None:
                     budget = self._serve_accesses(budget)
-                if framer.start != framer.end and self._reading:
-                    if budget <= 0:
-                        self._loop.call_soon(self._continue)
+                    if budget <= 0 or not self._reading or framer.start == framer.end:
                         break
-                    message = framer.next()
-                    if message is not None:
-                        budget -= 1
-                        self._handle(message)
-                    elif not self._receive():
-                        break
-                elif budget <= 0:
+                message = framer.next()
+                if message is not None:
+                    budget -= 1
+                    self._handle(message)
+                elif not self._receive():
                     break
         except FramingError as error:
             self.close(str(error))
+        if budget <= 0 and self._reading and framer.start != framer.end:
+            self._loop.call_soon(self._continue)  # the socket knows nothing of the messages that wait here
         if self.state is State.SERVED:
             try:
                 self._function.drained()
@@ -206,15 +203,15 @@ class Client:
     def _receive(self) -> bool:
         """Take what the socket holds; False when there is nothing to go on with."""
         try:
-            count, ancillary, flags, _ = self._receive_into((self._framer.room(),), _ANCILLARY, _RECEIVE)
+            return self._take(*self._receive_into((self._framer.room(),), _ANCILLARY, _RECEIVE)[:3])
         except BlockingIOError:
             return False
         except OSError as error:
             self.close(f"cannot be read from: {error.strerror}")
             return False
-        if count and not ancillary and not flags & _TRUNCATED:
-            self._framer.end += count
-            return True
+
+    def _take(self, count: int, ancillary: list[tuple[int, int, bytes]], flags: int) -> bool:
+        """Account for what recvmsg has put into the framer's room; False if it was the connection's end."""
         descriptors: list[int] = []
         for _, _, data in ancillary:
             whole = array.array("i")
@@ -230,28 +227,43 @@ class Client:
     # Messages
 
     def _serve_accesses(self, budget: int) -> int:
-        """Serve the accesses of 1, 2, 4 or 8 bytes at the front of the stream; returns what is left of the budget."""
-        framer = self._framer
-        start, end = framer.start, framer.end
-        while end - start >= ACCESS.size and budget > 0 and not framer.descriptors:
-            identity, command, size, flags, _, offset, region, count = _unpack(framer.buffer, start)
-            target = self._targets.get(region)
-            if target is None or offset + count > target.size or flags & _NOT_POSTED:
+        """Serve accesses of 1, 2, 4 or 8 bytes until something else comes, or nothing; returns the budget left.
+
+        This is what a guest waits for, so it receives by itself and looks up as little as it can: on one CPU, each
+        tenth of a microsecond here is two per cent of the round trip.
+        """
+        framer, buffer, targets = self._framer, self._framer.buffer, self._targets
+        while budget > 0 and not framer.descriptors:
+            start, end = framer.start, framer.end
+            if start == end:
+                try:
+                    end, ancillary, flags, _ = self._receive_into((framer.room(),), _ANCILLARY, _RECEIVE)
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    self.close(f"cannot be read from: {error.strerror}")
+                    break
+                if ancillary or flags & _TRUNCATED or not end:
+                    self._take(end, ancillary, flags)
+                    break
+                start, framer.end = 0, end
+            if end - start < _ACCESS_SIZE:
+                break
+            identity, command, size, flags, _, offset, region, count = _unpack(buffer, start)
+            target = targets.get(region)
+            if target is None or offset + count > target.size or flags & _NOT_POSTED or count not in _READ_REPLY:
                 break
             try:
-                if command == REGION_READ and size == ACCESS.size and count in _READ_REPLY:
-                    framer.start = start = start + size
+                if command == REGION_READ and size == _ACCESS_SIZE:
+                    framer.start = start + size
                     value = target.read(offset, count)
                     reply = _READ_REPLY[count](
-                        identity, command, size + count, TYPE_REPLY, 0, offset, region, count, value
+                        identity, REGION_READ, _ACCESS_SIZE + count, TYPE_REPLY, 0, offset, region, count, value
                     )
-                elif (
-                    command == REGION_WRITE and size == ACCESS.size + count and end - start >= size and count in _NUMBER
-                ):
-                    (value,) = _NUMBER[count](framer.buffer, start + ACCESS.size)
-                    framer.start = start = start + size
-                    target.write(offset, count, value)
-                    reply = ACCESS.pack(identity, command, ACCESS.size, TYPE_REPLY, 0, offset, region, count)
+                elif command == REGION_WRITE and size == _ACCESS_SIZE + count and end - start >= size:
+                    framer.start = start + size
+                    target.write(offset, count, _NUMBER[count](buffer, start + _ACCESS_SIZE)[0])
+                    reply = ACCESS.pack(identity, REGION_WRITE, _ACCESS_SIZE, TYPE_REPLY, 0, offset, region, count)
                 else:
                     break
             except Exception as error:
