@@ -306,7 +306,7 @@ def test_a_client_that_leaves_with_replies_unread_is_gone(
     serving.wait_for(lambda: not server.connected, "the client's end")
 
 
-def test_a_flood_leaves_others_their_turn(victim: Victim, client: VfioUserClient) -> None:
+def test_a_flood_leaves_others_their_turn(victim: Victim, client: VfioUserClient, function: EduFunction) -> None:
     body = struct.pack("<QII", SCRATCH, 0, 4) + bytes(4)
     burst = struct.pack("<HHIII", 1, REGION_WRITE, 16 + len(body), NO_REPLY, 0) + body
     before, until = victim.answers, time.monotonic() + 0.5
@@ -314,6 +314,7 @@ def test_a_flood_leaves_others_their_turn(victim: Victim, client: VfioUserClient
         client.socket.sendall(burst * 500)
     assert victim.answers - before > 10
     assert_served(client)
+    assert max(function.writes_a_drain) <= 64
 
 
 # -- Interrupts --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from vfio_user_client import (
     NO_REPLY,
     REGION_READ,
     REQ,
+    VERSION,
     GuestMemory,
     VfioUserClient,
     VfioUserError,
@@ -256,8 +257,8 @@ def test_a_map_that_the_owner_refuses_is_refused_to_the_client(
         assert caught.value.errno == errno.ENOSPC
         assert server.errors == [serving.map_error]
         serving.map_error = None
-        client.dma_map(0, 0x4000, memory.descriptor)  # nothing of it was left mapped
-        assert [region.gpa for region in serving.regions["edu"]] == [0]
+        client.dma_map(0x1000, 0x2000, memory.descriptor)  # it would overlap, had anything of that been left mapped
+        assert [(region.gpa, region.size) for region in serving.regions["edu"]] == [(0x1000, 0x2000)]
 
 
 # -- Reset and reconnection --------------------------------------------------------------------------------------------
@@ -304,6 +305,22 @@ def test_a_client_may_reconnect_before_its_end_was_noticed(server: FunctionServe
     for _ in range(20):
         with VfioUserClient(path) as client:
             client.write(0, SCRATCH, 4, 1, posted=True)
+
+
+def test_the_next_client_is_served_though_the_last_ones_end_is_yet_to_be_seen(
+    server: FunctionServer, serving: Serving, path: Path
+) -> None:
+    with VfioUserClient(path) as last, VfioUserClient(path, greet=False) as following:
+        identities: list[int] = []
+
+        def both() -> None:
+            """On the loop, so that it sees both afterwards: the greeting first, then the end."""
+            identities.append(following.send(VERSION, struct.pack("<HH", 0, 0) + b"{}\0"))
+            last.close()
+
+        serving.call(both)
+        following.receive(identities[0], VERSION)
+        assert following.read(0, IDENTITY, 4) == 0x010000ED
 
 
 def test_a_second_client_is_told_that_the_function_is_busy(client: VfioUserClient, path: Path) -> None:
