@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -154,13 +154,13 @@ class Context:
 
     def _create(self) -> None:
         # The library can only listen at a path. It does so in a folder that no one else can enter, for as long as it
-        # takes to connect to it.
-        with tempfile.TemporaryDirectory(prefix="vioasid-") as folder:
-            path = os.path.join(folder, "link")
+        # takes to connect to it; named by descriptor, so that no TMPDIR is too deep for a socket's 107 bytes.
+        with tempfile.TemporaryDirectory(prefix="vioasid-") as folder, _opened(folder) as descriptor:
+            path = f"/proc/self/fd/{descriptor}/link"
             self._handle = self._library.call(
                 "vfu_create_ctx",
                 vfu.VFU_TRANS_SOCK,
-                os.fsencode(path),
+                path.encode(),
                 vfu.LIBVFIO_USER_FLAG_ATTACH_NB,
                 None,
                 vfu.VFU_DEV_TYPE_PCI,
@@ -244,6 +244,15 @@ class Context:
 
     def _on_log(self, _: int, level: int, text: bytes) -> None:
         self._guarded(None, lambda: self._handlers.log(level, text.decode(errors="replace")))
+
+
+@contextlib.contextmanager
+def _opened(folder: str) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def errno_of(error: BaseException) -> int:

@@ -147,10 +147,12 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
 def test_a_context_leaves_nothing_behind(
     library: Library, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    deep = tmp_path / ("x" * 120)  # deeper than a socket's path can be
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
     before = os.listdir("/proc/self/fd")
     made = Context(library, regions={0: Region(0x1000)}, irqs={}, handlers=recorder)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(deep) == []
     made.attach(HELLO)
     with GuestMemory(0x4000) as memory:
         made.exchange(message(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, 0, 0x4000)), [memory.descriptor])
