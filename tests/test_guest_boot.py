@@ -231,7 +231,7 @@ def test_the_line_of_a_dry_run_runs(place: Place) -> None:
     words = shlex.split(dry.stdout)
     assert "-device" in words
     process = subprocess.Popen(
-        ["sh", "-c", dry.stdout],
+        shlex.split(dry.stdout),
         env=place.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     said = []
@@ -259,7 +259,7 @@ def test_a_qemu_that_does_not_share_its_memory(place: Place) -> None:
     )
     assert ",share=on" in dry.stdout
     done = subprocess.run(
-        ["sh", "-c", dry.stdout.replace(",share=on", ",share=off")],
+        shlex.split(dry.stdout.replace(",share=on", ",share=off")),
         env=place.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=100,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr

@@ -38,6 +38,7 @@ def test_logs_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     for number in range(5):
         with RunFolder(f"run{number}") as folder:
             folder.keep_logs = True
+            (folder.logs / "log").write_text("x")
             os.utime(folder.logs, (number, number))
             kept.append(folder.logs)
     assert [path.exists() for path in kept] == [False, False, True, True, True]
