@@ -1,12 +1,20 @@
 /*
- * Requests: translate, copy, single stores and loads. Each is one call that holds the engine's lock shared from the
- * route's look-up to the last byte, guarded against memory that goes away.
+ * Requests: translate, copy, single stores and loads. Each is one call, guarded against memory that goes away; see
+ * engine.h for what keeps it apart from changes.
  */
 #include <string.h>
 
 #include "engine.h"
 
 #define PAGE 4096u
+
+/*
+ * How much a request may do before it looks whether a change waits: copied bytes, STEP_COST more for each translation.
+ * A change then waits 20 us (tables and pages in the CPU's caches) to 100 us (nowhere near, pages touched first).
+ */
+#define REQUEST_BUDGET (128 << 10)
+#define STEP_COST 1024
+#define PAUSED (-1000) /* of a guarded part: no vio_status */
 
 /* A request under way. It outlives the guarded part, so what it holds is still known after memory was lost. */
 struct job {
@@ -20,6 +28,7 @@ struct job {
     uint64_t count;
     uint8_t *buffer;
     uint64_t segment, offset, done;
+    int64_t budget;
     uint64_t step; /* most bytes touched at once: all, until memory was lost, then a page */
     /* single access */
     uint64_t value;
@@ -109,6 +118,15 @@ static inline void prefetch_next(const struct job *job, uint64_t size)
         iotlb_prefetch(&job->engine->iotlb, job->tag, sizes, job->iova + size);
 }
 
+/* Has the request done its share, and does a change wait? */
+static inline bool must_pause(struct job *job)
+{
+    if (job->budget > 0)
+        return false;
+    job->budget = REQUEST_BUDGET;
+    return gate_wanted(&job->engine->gate);
+}
+
 static int run_copy(struct guard *guard, void *context)
 {
     struct job *job = context;
@@ -125,6 +143,8 @@ static int run_copy(struct guard *guard, void *context)
             void *memory;
             int reason;
 
+            if (__builtin_expect(must_pause(job), 0))
+                return PAUSED;
             job->iova = segment->iova + job->offset;
             reason = translate(job, guard);
             if (reason)
@@ -134,6 +154,9 @@ static int run_copy(struct guard *guard, void *context)
                 size = job->hit.size;
             if (size > job->step)
                 size = job->step;
+            if (size > REQUEST_BUDGET)
+                size = REQUEST_BUDGET;
+            job->budget -= (int64_t)size + STEP_COST;
             if (job->step == PAGE && size > PAGE - job->hit.hva % PAGE)
                 size = PAGE - job->hit.hva % PAGE;
             prefetch_next(job, size);
@@ -169,7 +192,7 @@ static int run_single(struct guard *guard, void *context)
         case 4: __atomic_store_n((uint32_t *)memory, (uint32_t)job->value, __ATOMIC_RELEASE); break;
         default: __atomic_store_n((uint64_t *)memory, job->value, __ATOMIC_RELEASE); break;
         }
-        __atomic_thread_fence(__ATOMIC_SEQ_CST); /* whoever stores an event index must then read the index anew */
+        __sync_synchronize(); /* whoever stores an event index must then read the index anew */
     } else {
         switch (job->width) {
         case 1: job->value = __atomic_load_n((uint8_t *)memory, __ATOMIC_ACQUIRE); break;
@@ -272,10 +295,16 @@ static int request(struct job *job, uint32_t rid, uint32_t pasid, int (*body)(st
 {
     int reason;
 
-    pthread_rwlock_rdlock(&job->engine->lock);
-    reason = find_route(job, rid, pasid);
-    if (!reason)
-        reason = run_guarded(job, body);
+    job->budget = REQUEST_BUDGET;
+    for (;;) {
+        gate_pass(&job->engine->gate);
+        reason = find_route(job, rid, pasid);
+        if (!reason)
+            reason = run_guarded(job, body);
+        if (reason != PAUSED)
+            break;
+        gate_leave(&job->engine->gate);
+    }
     account(job, reason > 0);
     if (reason > 0) {
         const struct walk *walk = &job->walk;
@@ -294,7 +323,7 @@ static int request(struct job *job, uint32_t rid, uint32_t pasid, int (*body)(st
                                  .has_gpa = walk->has_gpa};
         reason = VIO_FAULT;
     }
-    pthread_rwlock_unlock(&job->engine->lock);
+    gate_leave(&job->engine->gate);
     return reason;
 }
 

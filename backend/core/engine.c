@@ -6,7 +6,7 @@
 #include <string.h>
 
 /*
- * Tags are given out upward; before they run out, at a change that holds the lock alone, all start again. Between two
+ * Tags are given out upward; before they run out, at a change, all start again. Between two
  * such changes only children renew theirs, each at most once, so VIO_MAX_SPACES of headroom are enough.
  */
 #define LAST_TAG (UINT32_MAX - 2 * VIO_MAX_SPACES)
@@ -14,7 +14,6 @@
 int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
 {
     struct vio_engine *engine = calloc(1, sizeof *engine);
-    pthread_rwlockattr_t attributes;
     int status;
 
     if (!engine)
@@ -32,11 +31,7 @@ int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
         return VIO_ERR_MEMORY;
     }
     pool_init(&engine->pool);
-    pthread_rwlockattr_init(&attributes);
-    /* else a stream of DMA would keep an unmap waiting for ever */
-    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-    pthread_rwlock_init(&engine->lock, &attributes);
-    pthread_rwlockattr_destroy(&attributes);
+    gate_init(&engine->gate);
     pthread_mutex_init(&engine->tag_lock, NULL);
     engine->next_tag = 1;
     *out = engine;
@@ -54,18 +49,18 @@ void vio_engine_destroy(vio_engine *engine)
     iotlb_deinit(&engine->iotlb);
     pool_deinit(&engine->pool);
     pthread_mutex_destroy(&engine->tag_lock);
-    pthread_rwlock_destroy(&engine->lock);
+    gate_deinit(&engine->gate);
     free(engine);
 }
 
 void vio_engine_counters(vio_engine *engine, vio_counters *out)
 {
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     *out = engine->counters;
     out->spaces = engine->spaces.used;
     out->routes = engine->routes.used;
     out->table_pages = engine->pool.pages;
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
 }
 
 static void restart_tags(struct vio_engine *engine)

@@ -1,8 +1,10 @@
 /*
- * The engine: one a VM. Spaces, routes, IOTLB and table pages behind one lock.
+ * The engine: one a VM. Spaces, routes, IOTLB and table pages behind one gate.
  *
- * Lock: DMA and translation hold it shared from the route's look-up to the last byte copied; whatever changes a space
- * or a route holds it alone. So once such a change has returned, no request that could have seen the old state runs.
+ * The gate (gate.h): a request passes it before it looks its route up and leaves after the last byte touched. A long
+ * one leaves in between when a change waits, after REQUEST_BUDGET at most, and then starts over from its route with what
+ * is left to do. Whatever changes a space or a route closes the gate for it: so once such a change has returned, no
+ * request that could have seen the old state runs.
  */
 #ifndef VIOASID_ENGINE_H
 #define VIOASID_ENGINE_H
@@ -11,6 +13,7 @@
 #include <stdbool.h>
 
 #include "formats/formats.h"
+#include "gate.h"
 #include "guard.h"
 #include "index.h"
 #include "iotlb.h"
@@ -48,7 +51,7 @@ struct space {
     struct space *parent; /* NULL: host-managed */
     uint32_t children, routes;
 
-    uint32_t tag;   /* of this space's IOTLB entries; changed alone, or under the engine's tag lock (space_tag) */
+    uint32_t tag;   /* of this space's IOTLB entries; changed with the gate closed, or under the engine's tag lock (space_tag) */
     uint64_t sizes; /* bit n: an entry of 2^n bytes was filled under this tag */
     uint64_t epoch; /* counts what made the children's entries stale */
     uint64_t seen;  /* the parent's epoch at which our tag was taken */
@@ -66,7 +69,7 @@ struct route {
 };
 
 struct vio_engine {
-    pthread_rwlock_t lock;
+    struct gate gate;
     pthread_mutex_t tag_lock;
     struct index spaces, routes;
     struct route *oldest, *newest; /* detached routes, in order of detachment */
@@ -76,17 +79,30 @@ struct vio_engine {
     vio_counters counters;
 };
 
-/* Counters are added to by threads that hold the lock shared. */
+/* A change: no other one, and no request, between begin and end. */
+static inline void engine_change_begin(struct vio_engine *engine)
+{
+    gate_reserve(&engine->gate);
+    gate_close(&engine->gate);
+}
+
+static inline void engine_change_end(struct vio_engine *engine)
+{
+    gate_open(&engine->gate);
+    gate_release(&engine->gate);
+}
+
+/* Counters are added to by many requests at once. */
 static inline void count(uint64_t *counter, uint64_t n)
 {
     if (n)
         __atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
 }
 
-/* engine.c: tags. The engine's lock is held alone for both. */
+/* engine.c: tags. Both with the gate closed. */
 void engine_forget_space(struct vio_engine *engine, struct space *space);
 void engine_forget_range(struct vio_engine *engine, struct space *space, uint64_t first, uint64_t last);
-void space_renew_tag(struct vio_engine *engine, struct space *space); /* engine's lock shared: the parent has changed */
+void space_renew_tag(struct vio_engine *engine, struct space *space); /* by a request: the parent has changed */
 
 /* Tag of the space's IOTLB entries; a parent's change reaches its children here, when they are next used. */
 static inline uint32_t space_tag(struct vio_engine *engine, struct space *space)

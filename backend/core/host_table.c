@@ -1,8 +1,8 @@
 /*
  * Tables that the core builds in its own memory: stage 2, in a hardware format, its leaf addresses being HVAs.
  *
- * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. The engine's lock is held
- * alone, so nothing walks a table while it changes.
+ * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. The gate is closed, so
+ * nothing walks a table while it changes.
  */
 #include "engine.h"
 

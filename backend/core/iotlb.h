@@ -5,8 +5,8 @@
  * space a new tag forgets all it had, at no cost to others. A space remembers which sizes it ever put in under its tag,
  * and a look-up probes one set for each: one or two in practice, at most 52 if a guest insists, at its own cost.
  *
- * Any number of threads look up and fill at once (all hold the engine's lock shared); each set is a seqlock. A filler
- * that finds the set taken goes without: it has its translation already. Invalidation holds the engine's lock alone.
+ * Any number of threads look up and fill at once; each set is a seqlock. A filler
+ * that finds the set taken goes without: it has its translation already. Invalidation has the gate closed.
  */
 #ifndef VIOASID_IOTLB_H
 #define VIOASID_IOTLB_H

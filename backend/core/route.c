@@ -75,7 +75,7 @@ int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t 
 
     if (!identity_ok(rid, pasid) || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
         status = route_take(engine, rid, pasid, &route);
@@ -85,7 +85,7 @@ int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t 
         route->access = access;
         space->routes++;
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -96,13 +96,13 @@ int vio_route_block(vio_engine *engine, uint32_t rid, uint32_t pasid)
 
     if (!identity_ok(rid, pasid))
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     status = route_take(engine, rid, pasid, &route);
     if (!status) {
         route->space = NULL;
         route->blocked = true;
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -111,7 +111,7 @@ int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid)
     struct route *route;
     int status = VIO_ERR_UNKNOWN;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     route = index_find(&engine->routes, route_key(rid, pasid));
     if (route && live(route)) {
         if (route->space)
@@ -121,7 +121,7 @@ int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid)
         detached_append(engine, route);
         status = VIO_OK;
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -129,9 +129,9 @@ int vio_route_counters_get(vio_engine *engine, uint32_t rid, uint32_t pasid, vio
 {
     struct route *route;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     route = index_find(&engine->routes, route_key(rid, pasid));
     *out = route ? route->counters : (vio_route_counters){0};
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return route ? VIO_OK : VIO_ERR_UNKNOWN;
 }

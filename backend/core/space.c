@@ -43,7 +43,7 @@ int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, uint3
         return VIO_ERR_KIND;
     if (levels < pt_formats[format]->min_levels || levels > pt_formats[format]->max_levels)
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     status = space_add(engine, ioasid, &space);
     if (!status) {
         space->format = format;
@@ -56,7 +56,7 @@ int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, uint3
             engine_forget_space(engine, space);
         }
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -65,7 +65,7 @@ int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent
     struct space *space, *parent;
     int status = VIO_ERR_UNKNOWN;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     parent = space_find(engine, parent_ioasid);
     if (parent)
         status = parent->parent ? VIO_ERR_KIND : space_add(engine, ioasid, &space);
@@ -74,7 +74,7 @@ int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent
         parent->children++;
         engine_forget_space(engine, space);
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -83,7 +83,7 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
     struct space *space;
     int status = VIO_ERR_UNKNOWN;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
         status = space->children || space->routes ? VIO_ERR_BUSY : VIO_OK;
@@ -95,7 +95,7 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
             space_remove(engine, space); /* its tag is never used again, so its IOTLB entries match nothing */
         }
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -107,13 +107,13 @@ int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t h
     if (!size || ((iova | hva | size) & PAGE_BITS) || iova + (size - 1) < iova || !hva || hva >= HVA_END ||
         size > HVA_END - hva || !access || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
         status = space->parent ? VIO_ERR_KIND
                                : host_table_map(&engine->pool, pt_formats[space->format], &space->table, iova, hva,
                                                 size, access);
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -124,7 +124,7 @@ int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t
 
     if (!size || ((iova | size) & PAGE_BITS) || iova + (size - 1) < iova)
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
         status = space->parent
@@ -132,7 +132,7 @@ int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t
                      : host_table_unmap(&engine->pool, pt_formats[space->format], &space->table, iova, size);
     if (!status)
         engine_forget_range(engine, space, iova, iova + (size - 1));
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -147,7 +147,7 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t roo
         root >> pt_formats[format]->oa_bits || (flags & ~(uint32_t)(VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY)) ||
         flags == VIO_TABLE_DIRTY)
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
         walk_fn walk = space->parent ? walk_nested(format, space->parent->format) : NULL;
@@ -160,7 +160,7 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t roo
             engine_forget_space(engine, space);
         }
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -169,7 +169,7 @@ int vio_space_unbind(vio_engine *engine, uint32_t ioasid)
     struct space *space;
     int status = VIO_ERR_UNKNOWN;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
         status = space->parent ? VIO_OK : VIO_ERR_KIND;
@@ -178,7 +178,7 @@ int vio_space_unbind(vio_engine *engine, uint32_t ioasid)
             engine_forget_space(engine, space);
         }
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -189,14 +189,14 @@ int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, ui
 
     if (last < first)
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
         status = VIO_OK;
         if (!iotlb_forget(&engine->iotlb, space->tag, space->sizes, first, last))
             engine_forget_space(engine, space);
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -204,10 +204,10 @@ int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counte
 {
     struct space *space;
 
-    pthread_rwlock_wrlock(&engine->lock); /* alone: no request is half counted */
+    engine_change_begin(engine); /* alone: no request is half counted */
     space = space_find(engine, ioasid);
     if (space)
         *out = space->counters;
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return space ? VIO_OK : VIO_ERR_UNKNOWN;
 }
