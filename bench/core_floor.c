@@ -86,8 +86,9 @@ double bench_iotlb(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, u
         for (uint64_t i = 0; i < count; i++) {
             struct iotlb_hit hit;
 
-            if (space->seen != space->parent->epoch ||
-                !iotlb_lookup(&engine->iotlb, space->tag, space->sizes, iovas[i], &hit))
+            uint32_t tag = iotlb_tag(&engine->iotlb, &space->scope);
+
+            if (!iotlb_lookup(&engine->iotlb, tag, space->scope.sizes, iovas[i], &hit))
                 return -1; /* displaced: the caller gave too many */
             sum += hit.hva;
         }

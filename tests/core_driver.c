@@ -299,7 +299,7 @@ static void run_bounds(void)
     m.engine->pool.pages = before + 1; /* the first of the two splits was done */
     HOLDS(!vio_space_unmap(m.engine, HOST, 1ull << 32, 1ull << 30));
     /* Tags run out: all start again, and nothing entered under an old tag answers for the same number given anew. */
-    m.engine->next_tag = 1;
+    m.engine->iotlb.next_tag = 1;
     for (uint64_t turn = 0; turn < 20; turn++) {
         HOLDS(!vio_space_invalidate(m.engine, HOST, 0, UINT64_MAX));
         check_direct(&m, 0);
@@ -307,7 +307,7 @@ static void run_bounds(void)
     HOLDS(!vio_space_invalidate(m.engine, HOST, 0, UINT64_MAX));
     for (uint64_t i = 0; i < 4; i++)
         map_again(&m, i, 20 + i);
-    m.engine->next_tag = UINT32_MAX - 2 * VIO_MAX_SPACES - 20;
+    m.engine->iotlb.next_tag = UINT32_MAX - 2 * VIO_MAX_SPACES - 20;
     for (uint64_t turn = 0; turn < 60; turn++) {
         check_direct(&m, 20);
         map_again(&m, turn % 4, 9);
@@ -315,7 +315,7 @@ static void run_bounds(void)
         HOLDS(!vio_space_invalidate(m.engine, HOST, 0, UINT64_MAX));
         HOLDS(!vio_space_bind(m.engine, 2, PT_amd_v1, 0, 1 + (uint32_t)turn % 6, 0));
     }
-    HOLDS(m.engine->next_tag < 1000);
+    HOLDS(m.engine->iotlb.next_tag < 1000);
     end(&m);
 }
 

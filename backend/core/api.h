@@ -98,6 +98,7 @@ typedef struct {
 /* engine.c */
 int vio_engine_create(uint32_t iotlb_entries, vio_engine **out);
 void vio_engine_destroy(vio_engine *engine);
+void vio_invalidate_all(vio_engine *engine);
 void vio_engine_counters(vio_engine *engine, vio_counters *out);
 int vio_format_find(const char *name);
 
@@ -116,6 +117,7 @@ int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counte
 int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t ioasid, uint32_t access);
 int vio_route_block(vio_engine *engine, uint32_t rid, uint32_t pasid);
 int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid);
+int vio_invalidate_device(vio_engine *engine, uint32_t rid);
 int vio_route_counters_get(vio_engine *engine, uint32_t rid, uint32_t pasid, vio_route_counters *out);
 
 /* dma.c */

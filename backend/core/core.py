@@ -138,6 +138,17 @@ class Core:
             raise BadValueError("an invalidation needs a size of one byte or more", ioasid=ioasid, iova=iova, size=size)
         _check(lib.vio_space_invalidate(self._engine, _id(ioasid), first, last), ioasid, iova, size)
 
+    def invalidate_all(self) -> None:
+        """Forget all that the IOTLB holds; the cost does not depend on how much that is."""
+        lib.vio_invalidate_all(self._engine)
+
+    def invalidate_device(self, rid: int) -> None:
+        """Forget what the IOTLB holds of the spaces to which this RID's requests lead, with and without PASID.
+
+        Entries are not kept by device: others attached to the same spaces lose them, too. Raises: BadValueError.
+        """
+        _check(lib.vio_invalidate_device(self._engine, _small(rid)))
+
     # Routes
 
     def attach(self, rid: int, pasid: int | None, ioasid: int, *, access: Access = RW) -> None:

@@ -65,12 +65,12 @@ static __attribute__((noinline)) int walk_and_fill(struct job *job, struct guard
     if (reason)
         return reason;
     offset_mask = (1ull << walk->size_lg2) - 1;
-    if (iotlb->sets) {
+    if (iotlb->sets && job->tag) {
         job->misses++;
         job->evictions += iotlb_fill(iotlb, job->tag, walk->iova & ~offset_mask, walk->size_lg2,
                                      walk->hva & ~offset_mask, walk->gpa & ~offset_mask, walk->perm);
-        if (!(__atomic_load_n(&space->sizes, __ATOMIC_RELAXED) >> walk->size_lg2 & 1))
-            __atomic_fetch_or(&space->sizes, 1ull << walk->size_lg2, __ATOMIC_RELAXED);
+        if (!(__atomic_load_n(&space->scope.sizes, __ATOMIC_RELAXED) >> walk->size_lg2 & 1))
+            __atomic_fetch_or(&space->scope.sizes, 1ull << walk->size_lg2, __ATOMIC_RELAXED);
     }
     job->hit.hva = walk->hva;
     job->hit.gpa = walk->gpa;
@@ -83,7 +83,7 @@ static __attribute__((noinline)) int walk_and_fill(struct job *job, struct guard
 static inline int translate(struct job *job, struct guard *guard)
 {
     struct iotlb *iotlb = &job->engine->iotlb;
-    uint64_t sizes = __atomic_load_n(&job->space->sizes, __ATOMIC_RELAXED);
+    uint64_t sizes = __atomic_load_n(&job->space->scope.sizes, __ATOMIC_RELAXED);
 
     if (iotlb->sets && iotlb_lookup(iotlb, job->tag, sizes, job->iova, &job->hit) && !(job->need & ~job->hit.perm)) {
         job->hits++;
@@ -112,7 +112,7 @@ static inline void about_to_touch(const struct job *job, struct guard *guard, ui
 /* A copy evicts the IOTLB from the CPU's nearest caches: fetch the next page's set while this page is copied. */
 static inline void prefetch_next(const struct job *job, uint64_t size)
 {
-    uint64_t sizes = __atomic_load_n(&job->space->sizes, __ATOMIC_RELAXED);
+    uint64_t sizes = __atomic_load_n(&job->space->scope.sizes, __ATOMIC_RELAXED);
 
     if (sizes && job->engine->iotlb.sets)
         iotlb_prefetch(&job->engine->iotlb, job->tag, sizes, job->iova + size);
@@ -256,7 +256,7 @@ static int find_route(struct job *job, uint32_t rid, uint32_t pasid)
         return VIO_REASON_PERMISSION;
     if (!job->space->walk)
         return VIO_REASON_NOT_BOUND;
-    job->tag = space_tag(job->engine, job->space);
+    job->tag = iotlb_tag(&job->engine->iotlb, &job->space->scope);
     return 0;
 }
 

@@ -1,15 +1,9 @@
-/* Engine: creation, IOTLB tags, totals. */
+/* Engine: creation, totals. */
 #define _GNU_SOURCE
 #include "engine.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-/*
- * Tags are given out upward; before they run out, at a change, all start again. Between two
- * such changes only children renew theirs, each at most once, so VIO_MAX_SPACES of headroom are enough.
- */
-#define LAST_TAG (UINT32_MAX - 2 * VIO_MAX_SPACES)
 
 int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
 {
@@ -23,7 +17,9 @@ int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
         free(engine);
         return status;
     }
-    if (guard_install() || index_init(&engine->spaces) || index_init(&engine->routes)) {
+    engine->of_rid = calloc(RIDS, sizeof *engine->of_rid); /* 1 MiB of zeroes, of which the host gives what is used */
+    if (!engine->of_rid || guard_install() || index_init(&engine->spaces) || index_init(&engine->routes)) {
+        free(engine->of_rid);
         index_deinit(&engine->spaces);
         index_deinit(&engine->routes);
         iotlb_deinit(&engine->iotlb);
@@ -32,8 +28,6 @@ int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
     }
     pool_init(&engine->pool);
     gate_init(&engine->gate);
-    pthread_mutex_init(&engine->tag_lock, NULL);
-    engine->next_tag = 1;
     *out = engine;
     return VIO_OK;
 }
@@ -47,8 +41,8 @@ void vio_engine_destroy(vio_engine *engine)
     index_deinit(&engine->spaces);
     index_deinit(&engine->routes);
     iotlb_deinit(&engine->iotlb);
+    free(engine->of_rid);
     pool_deinit(&engine->pool);
-    pthread_mutex_destroy(&engine->tag_lock);
     gate_deinit(&engine->gate);
     free(engine);
 }
@@ -63,48 +57,11 @@ void vio_engine_counters(vio_engine *engine, vio_counters *out)
     engine_change_end(engine);
 }
 
-static void restart_tags(struct vio_engine *engine)
+void vio_invalidate_all(vio_engine *engine)
 {
-    iotlb_flush(&engine->iotlb);
-    engine->next_tag = 1;
-    for (size_t i = 0; i <= engine->spaces.mask; i++) {
-        struct space *space = engine->spaces.slots[i].value;
-
-        if (!space)
-            continue;
-        space->tag = engine->next_tag++;
-        space->sizes = 0;
-    }
-}
-
-void engine_forget_space(struct vio_engine *engine, struct space *space)
-{
-    if (engine->next_tag >= LAST_TAG)
-        restart_tags(engine);
-    space->tag = engine->next_tag++;
-    space->sizes = 0;
-    space->seen = space->parent ? space->parent->epoch : 0;
-}
-
-void engine_forget_range(struct vio_engine *engine, struct space *space, uint64_t first, uint64_t last)
-{
-    if (!iotlb_forget(&engine->iotlb, space->tag, space->sizes, first, last))
-        engine_forget_space(engine, space);
-    /* Children's entries are found by their IOVA, not by ours: they get a new tag when next used. */
-    space->epoch++;
-    if (engine->next_tag >= LAST_TAG)
-        restart_tags(engine);
-}
-
-void space_renew_tag(struct vio_engine *engine, struct space *space)
-{
-    pthread_mutex_lock(&engine->tag_lock);
-    if (space->seen != space->parent->epoch) {
-        space->tag = engine->next_tag++;
-        space->sizes = 0;
-        __atomic_store_n(&space->seen, space->parent->epoch, __ATOMIC_RELEASE);
-    }
-    pthread_mutex_unlock(&engine->tag_lock);
+    engine_change_begin(engine);
+    iotlb_forget(&engine->iotlb, &engine->iotlb.all);
+    engine_change_end(engine);
 }
 
 const struct pt_format *const pt_formats[PT_FORMATS] = {

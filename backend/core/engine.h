@@ -51,10 +51,7 @@ struct space {
     struct space *parent; /* NULL: host-managed */
     uint32_t children, routes;
 
-    uint32_t tag;   /* of this space's IOTLB entries; changed with the gate closed, or under the engine's tag lock (space_tag) */
-    uint64_t sizes; /* bit n: an entry of 2^n bytes was filled under this tag */
-    uint64_t epoch; /* counts what made the children's entries stale */
-    uint64_t seen;  /* the parent's epoch at which our tag was taken */
+    struct iotlb_scope scope;
 
     vio_space_counters counters;
 };
@@ -64,18 +61,23 @@ struct route {
     struct space *space; /* NULL: detached, or blocked */
     unsigned access;
     bool blocked;
-    struct route *older, *newer; /* among the detached, kept for their counters */
+    struct route *older, *newer; /* among the detached, kept for their counters, or among the live ones of its RID */
     vio_route_counters counters;
 };
 
+struct route_list {
+    struct route *oldest, *newest;
+};
+
+#define RIDS 0x10000u
+
 struct vio_engine {
     struct gate gate;
-    pthread_mutex_t tag_lock;
     struct index spaces, routes;
-    struct route *oldest, *newest; /* detached routes, in order of detachment */
+    struct route_list detached; /* in order of detachment */
+    struct route_list *of_rid;  /* of each RID: its routes that are not detached */
     struct iotlb iotlb;
     struct pool pool;
-    uint32_t next_tag;
     vio_counters counters;
 };
 
@@ -97,19 +99,6 @@ static inline void count(uint64_t *counter, uint64_t n)
 {
     if (n)
         __atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
-}
-
-/* engine.c: tags. Both with the gate closed. */
-void engine_forget_space(struct vio_engine *engine, struct space *space);
-void engine_forget_range(struct vio_engine *engine, struct space *space, uint64_t first, uint64_t last);
-void space_renew_tag(struct vio_engine *engine, struct space *space); /* by a request: the parent has changed */
-
-/* Tag of the space's IOTLB entries; a parent's change reaches its children here, when they are next used. */
-static inline uint32_t space_tag(struct vio_engine *engine, struct space *space)
-{
-    if (space->parent && __atomic_load_n(&space->seen, __ATOMIC_ACQUIRE) != space->parent->epoch)
-        space_renew_tag(engine, space);
-    return space->tag;
 }
 
 static inline struct space *space_find(struct vio_engine *engine, uint32_t ioasid)

@@ -53,7 +53,7 @@ int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, uint3
             space_remove(engine, space);
         } else {
             space->walk = walk_host(format);
-            engine_forget_space(engine, space);
+            iotlb_scope_begin(&engine->iotlb, &space->scope, NULL);
         }
     }
     engine_change_end(engine);
@@ -72,7 +72,7 @@ int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent
     if (!status) {
         space->parent = parent;
         parent->children++;
-        engine_forget_space(engine, space);
+        iotlb_scope_begin(&engine->iotlb, &space->scope, &parent->scope);
     }
     engine_change_end(engine);
     return status;
@@ -130,8 +130,10 @@ int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t
         status = space->parent
                      ? VIO_ERR_KIND
                      : host_table_unmap(&engine->pool, pt_formats[space->format], &space->table, iova, size);
-    if (!status)
-        engine_forget_range(engine, space, iova, iova + (size - 1));
+    if (!status) {
+        iotlb_forget_range(&engine->iotlb, &space->scope, iova, iova + (size - 1));
+        iotlb_forget_below(&engine->iotlb, &space->scope); /* children's entries are found by their IOVA, not by ours */
+    }
     engine_change_end(engine);
     return status;
 }
@@ -157,7 +159,7 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t roo
             space->format = format;
             space->table = (struct pt_config){.root = root, .levels = levels, .flags = flags};
             space->walk = walk;
-            engine_forget_space(engine, space);
+            iotlb_forget(&engine->iotlb, &space->scope);
         }
     }
     engine_change_end(engine);
@@ -175,7 +177,7 @@ int vio_space_unbind(vio_engine *engine, uint32_t ioasid)
         status = space->parent ? VIO_OK : VIO_ERR_KIND;
         if (!status) {
             space->walk = NULL;
-            engine_forget_space(engine, space);
+            iotlb_forget(&engine->iotlb, &space->scope);
         }
     }
     engine_change_end(engine);
@@ -193,8 +195,7 @@ int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, ui
     space = space_find(engine, ioasid);
     if (space) {
         status = VIO_OK;
-        if (!iotlb_forget(&engine->iotlb, space->tag, space->sizes, first, last))
-            engine_forget_space(engine, space);
+        iotlb_forget_range(&engine->iotlb, &space->scope, first, last);
     }
     engine_change_end(engine);
     return status;
