@@ -24,6 +24,7 @@ from backend.core.errors import (
     NotMappedError,
     OverlapError,
     UnknownIdError,
+    UntrackedError,
 )
 
 Prot = Access
@@ -51,4 +52,5 @@ __all__ = [
     "SpaceCounters",
     "Translation",
     "UnknownIdError",
+    "UntrackedError",
 ]

@@ -47,6 +47,7 @@ enum vio_status {
     VIO_ERR_LIMIT = -8,      /* a bound is reached */
     VIO_ERR_MEMORY = -9,     /* the host has no memory left */
     VIO_ERR_BUFFER = -10,    /* the caller's own buffer went away under the call */
+    VIO_ERR_UNTRACKED = -11, /* the space does not track what is dirty */
 };
 
 /* Configuration bits of a bound table. */
@@ -108,10 +109,16 @@ int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent
 int vio_space_destroy(vio_engine *engine, uint32_t ioasid);
 int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access);
 int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size);
+int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t access);
 int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t root, uint32_t levels, uint32_t flags);
 int vio_space_unbind(vio_engine *engine, uint32_t ioasid);
 int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last);
 int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counters *out);
+
+/* dirty.c: bit i of the bitmap, zeroed by the caller, stands for the 2^page_lg2 bytes from iova + i * 2^page_lg2 */
+int vio_dirty_set(vio_engine *engine, uint32_t ioasid, int on);
+int vio_dirty_read(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t page_lg2, int clear,
+                   uint8_t *bitmap);
 
 /* route.c */
 int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t ioasid, uint32_t access);

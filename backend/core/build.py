@@ -5,7 +5,9 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("gate", "guard", "index", "pool", "iotlb", "engine", "walk", "host_table", "space", "route", "dma")
+SOURCES = (
+    "gate", "guard", "index", "pool", "iotlb", "engine", "walk", "host_table", "dirty", "space", "route", "dma",
+)  # fmt: skip
 FLAGS = ("-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread")
 
 

@@ -22,6 +22,9 @@ BYTES = ffi.typeof("char[]")
 NO_PASID: int = lib.VIO_NO_PASID
 LAST_ADDRESS = (1 << 64) - 1
 MAX_IOASID = (1 << 32) - 1
+PAGE = 4096
+MAX_DIRTY_BITS = 1 << 30
+"""read_dirty makes its bitmap itself: 128 MiB stand for 4 TiB of pages, and a caller may ask again."""
 MAX_READ = 1 << 30
 """dma_read makes its buffer itself: no device moves more at once, so a larger length is a bug and not a need."""
 
@@ -102,6 +105,66 @@ class Core:
         """
         status = lib.vio_space_unmap(self._engine, _id(ioasid), _address(iova, "iova"), _address(size, "size"))
         _check(status, ioasid, iova, size)
+
+    def protect(self, ioasid: int, iova: int, size: int, access: Access) -> None:
+        """Let `access` be what [iova, iova + size), all of it mapped, permits; larger leaves at its ends are split.
+
+        Once it returned, nothing is permitted by what held before.
+
+        Raises: NotMappedError, BadValueError, UnknownIdError, KindError, LimitError (pages to split a leaf); nothing
+        is changed then.
+        """
+        status = lib.vio_space_protect(
+            self._engine, _id(ioasid), _address(iova, "iova"), _address(size, "size"), _small(access)
+        )
+        _check(status, ioasid, iova, size)
+
+    def set_dirty_tracking(self, ioasid: int, on: bool) -> None:
+        """Note from now on, or no longer, which pages of a host-managed space requests write.
+
+        What counts is the write itself, in units of 4 KiB, through whatever space it came: the writes of nested
+        spaces count for the pages they reach here, and so do accessed and dirty bits set in a guest's table.
+        `on` while it is on changes nothing; off forgets.
+
+        Raises: UnknownIdError, KindError (a nested space: ask its parent), LimitError (pages for the bits).
+        """
+        _check(lib.vio_dirty_set(self._engine, _id(ioasid), on), ioasid)
+
+    def read_dirty(self, ioasid: int, iova: int, size: int, page_size: int = PAGE, *, clear: bool = True) -> bytes:
+        """Return which pages of [iova, iova + size) were written, a bit each, and forget that unless told not to.
+
+        Args:
+            page_size: bytes that a bit stands for: a power of two, 4 KiB or more, that divides iova and size. A page
+                is dirty if any of it was written. Clearing clears just the range.
+
+        Returns: page i of the range in bit i % 8 of byte i // 8. Writes before the call are in it, writes after it in
+        the next; a page that was unmapped since stays dirty until it is read.
+
+        Raises: UntrackedError, BadValueError, UnknownIdError, KindError (a nested space: ask its parent).
+        """
+        if page_size < PAGE or page_size & (page_size - 1) or size <= 0 or (iova | size) & (page_size - 1):
+            raise BadValueError(
+                f"a page size of {page_size:#x} must be a power of two, 4 KiB or more, that divides IOVA and size",
+                ioasid=ioasid,
+                iova=iova,
+                size=size,
+            )
+        bits = size // page_size
+        if bits > MAX_DIRTY_BITS:
+            raise BadValueError(f"{bits} pages at once: {MAX_DIRTY_BITS} at most", ioasid=ioasid, iova=iova, size=size)
+        bitmap = bytearray((bits + 7) // 8)
+        lg2 = page_size.bit_length() - 1
+        status = lib.vio_dirty_read(
+            self._engine,
+            _id(ioasid),
+            _address(iova, "iova"),
+            _address(size, "size"),
+            lg2,
+            clear,
+            ffi.from_buffer(BYTES, bitmap, True),
+        )
+        _check(status, ioasid, iova, size)
+        return bytes(bitmap)
 
     def bind_table(
         self, ioasid: int, *, fmt: str, root: int, levels: int, accessed: bool = False, dirty: bool = False

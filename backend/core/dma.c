@@ -21,6 +21,7 @@ struct job {
     struct vio_engine *engine;
     struct route *route;
     struct space *space;
+    const struct dirty *dirty; /* where writes are noted; NULL: not */
     uint32_t tag;
     unsigned need, permitted; /* by the route */
     /* copy: a list of segments on one side, one buffer on the other */
@@ -161,10 +162,12 @@ static int run_copy(struct guard *guard, void *context)
                 size = PAGE - job->hit.hva % PAGE;
             prefetch_next(job, size);
             about_to_touch(job, guard, size);
-            if (job->need & VIO_WRITE)
+            if (job->need & VIO_WRITE) {
+                dirty_mark(job->dirty, job->hit.gpa, size); /* before: a copy that faults may have written any of it */
                 memcpy(memory, job->buffer + job->done, size);
-            else
+            } else {
                 memcpy(job->buffer + job->done, memory, size);
+            }
             job->offset += size;
             job->done += size;
         }
@@ -186,6 +189,7 @@ static int run_single(struct guard *guard, void *context)
     memory = (void *)(uintptr_t)job->hit.hva;
     about_to_touch(job, guard, job->width);
     if (job->need & VIO_WRITE) {
+        dirty_mark(job->dirty, job->hit.gpa, job->width);
         switch (job->width) { /* release: what it publishes is written before it */
         case 1: __atomic_store_n((uint8_t *)memory, (uint8_t)job->value, __ATOMIC_RELEASE); break;
         case 2: __atomic_store_n((uint16_t *)memory, (uint16_t)job->value, __ATOMIC_RELEASE); break;
@@ -257,6 +261,7 @@ static int find_route(struct job *job, uint32_t rid, uint32_t pasid)
     if (!job->space->walk)
         return VIO_REASON_NOT_BOUND;
     job->tag = iotlb_tag(&job->engine->iotlb, &job->space->scope);
+    job->dirty = (job->space->parent ? job->space->parent : job->space)->dirty;
     return 0;
 }
 

@@ -34,8 +34,14 @@ int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
 
 void vio_engine_destroy(vio_engine *engine)
 {
-    for (size_t i = 0; i <= engine->spaces.mask; i++)
-        free(engine->spaces.slots[i].value); /* its table pages go with the pool */
+    for (size_t i = 0; i <= engine->spaces.mask; i++) {
+        struct space *space = engine->spaces.slots[i].value;
+
+        if (!space)
+            continue;
+        dirty_free(space->dirty, &engine->pool);
+        free(space); /* its table pages go with the pool */
+    }
     for (size_t i = 0; i <= engine->routes.mask; i++)
         free(engine->routes.slots[i].value);
     index_deinit(&engine->spaces);

@@ -12,6 +12,7 @@
 #include <pthread.h>
 #include <stdbool.h>
 
+#include "dirty.h"
 #include "formats/formats.h"
 #include "gate.h"
 #include "guard.h"
@@ -50,6 +51,7 @@ struct space {
     walk_fn walk;         /* NULL: nested and not bound */
     struct space *parent; /* NULL: host-managed */
     uint32_t children, routes;
+    struct dirty *dirty; /* host-managed: pages written by DMA; NULL: not tracked */
 
     struct iotlb_scope scope;
 
@@ -122,5 +124,11 @@ int host_table_map(struct pool *pool, const struct pt_format *format, const stru
                    uint64_t hva, uint64_t size, unsigned perm);
 int host_table_unmap(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
                      uint64_t size);
+/* Give a range that is mapped another permission. */
+int host_table_protect(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
+                       uint64_t size, unsigned perm);
+/* The first mapped address of [first, last]; false if nothing there is mapped. */
+bool host_table_next(const struct pt_format *format, const struct pt_config *table, uint64_t first, uint64_t last,
+                     uint64_t *at);
 
 #endif

@@ -4,6 +4,8 @@
  * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. The gate is closed, so
  * nothing walks a table while it changes.
  */
+#include <string.h>
+
 #include "engine.h"
 
 struct builder {
@@ -58,6 +60,7 @@ static void free_table(struct builder *b, uint64_t *table, unsigned level)
             if (decode(b, table[i], level, &e) && e.next)
                 free_table(b, table_at(e.oa), e.next);
         }
+    memset(table, 0, POOL_PAGE);
     pool_give(b->pool, table);
 }
 
@@ -66,25 +69,24 @@ void host_table_destroy(struct pool *pool, const struct pt_format *format, const
     free_table(&(struct builder){pool, format}, table_at(table->root), table->levels);
 }
 
-/* Is none (wanted = false) or all (wanted = true) of the range mapped? */
-static bool all_as_wanted(const struct builder *b, uint64_t *table, unsigned level, uint64_t first, uint64_t last,
-                          bool wanted)
+/* The first address of [first, last] that is mapped (mapped = true) or is not; false if there is none. */
+static bool find(const struct builder *b, uint64_t *table, unsigned level, uint64_t first, uint64_t last, bool mapped,
+                 uint64_t *at)
 {
     for (;;) {
         uint64_t end = entry_last(b, first, last, level);
         struct pt_entry e;
+        bool there = decode(b, *entry_at(b, table, first, level), level, &e);
 
-        if (!decode(b, *entry_at(b, table, first, level), level, &e)) {
-            if (wanted)
-                return false;
-        } else if (!e.next) {
-            if (!wanted)
-                return false;
-        } else if (!all_as_wanted(b, table_at(e.oa), e.next, first, end, wanted)) {
-            return false;
+        if (there && e.next) {
+            if (find(b, table_at(e.oa), e.next, first, end, mapped, at))
+                return true;
+        } else if (there == mapped) {
+            *at = first;
+            return true;
         }
         if (end == last)
-            return true;
+            return false;
         first = end + 1;
     }
 }
@@ -160,11 +162,11 @@ int host_table_map(struct pool *pool, const struct pt_format *format, const stru
                    uint64_t hva, uint64_t size, unsigned perm)
 {
     struct builder b = {pool, format};
-    uint64_t last = iova + size - 1, *root = table_at(table->root);
+    uint64_t last = iova + size - 1, *root = table_at(table->root), at;
 
     if (!format->address_ok(iova, table->levels) || !format->address_ok(last, table->levels))
         return VIO_ERR_VALUE;
-    if (!all_as_wanted(&b, root, table->levels, iova, last, false))
+    if (find(&b, root, table->levels, iova, last, true, &at))
         return VIO_ERR_OVERLAP;
     if (!fill(&b, root, table->levels, iova, last, hva, perm)) {
         clear(&b, root, table->levels, iova, last);
@@ -198,19 +200,70 @@ static bool split(struct builder *b, uint64_t *table, unsigned level, uint64_t a
     }
 }
 
+/* A range that is mapped, with leaf boundaries at both its ends: nothing done, or all that can fail. */
+static int carve(struct builder *b, const struct pt_config *table, uint64_t first, uint64_t last)
+{
+    uint64_t *root = table_at(table->root), at;
+
+    if (!b->format->address_ok(first, table->levels) || !b->format->address_ok(last, table->levels))
+        return VIO_ERR_VALUE;
+    if (find(b, root, table->levels, first, last, false, &at))
+        return VIO_ERR_NOT_MAPPED;
+    /* Splitting may lack room, but changes no translation. */
+    if (!split(b, root, table->levels, first) || (last != UINT64_MAX && !split(b, root, table->levels, last + 1)))
+        return VIO_ERR_LIMIT;
+    return VIO_OK;
+}
+
 int host_table_unmap(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
                      uint64_t size)
 {
     struct builder b = {pool, format};
-    uint64_t last = iova + size - 1, *root = table_at(table->root);
+    int status = carve(&b, table, iova, iova + (size - 1));
 
-    if (!format->address_ok(iova, table->levels) || !format->address_ok(last, table->levels))
-        return VIO_ERR_VALUE;
-    if (!all_as_wanted(&b, root, table->levels, iova, last, true))
-        return VIO_ERR_NOT_MAPPED;
-    /* Splitting may lack room, but changes no translation; clearing after it cannot fail. */
-    if (!split(&b, root, table->levels, iova) || (last != UINT64_MAX && !split(&b, root, table->levels, last + 1)))
-        return VIO_ERR_LIMIT;
-    clear(&b, root, table->levels, iova, last);
-    return VIO_OK;
+    if (!status)
+        clear(&b, table_at(table->root), table->levels, iova, iova + (size - 1));
+    return status;
+}
+
+/* Write the permission into every leaf of a range in which no leaf is larger than its part of the range. */
+static void permit(const struct builder *b, uint64_t *table, unsigned level, uint64_t first, uint64_t last,
+                   unsigned perm)
+{
+    for (;;) {
+        uint64_t end = entry_last(b, first, last, level), *entry = entry_at(b, table, first, level);
+        struct pt_entry e;
+
+        if (decode(b, *entry, level, &e)) {
+            if (e.next)
+                permit(b, table_at(e.oa), e.next, first, end, perm);
+            else
+                *entry = b->format->make_leaf(e.oa, level, perm);
+        }
+        if (end == last)
+            return;
+        first = end + 1;
+    }
+}
+
+int host_table_protect(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
+                       uint64_t size, unsigned perm)
+{
+    struct builder b = {pool, format};
+    int status = carve(&b, table, iova, iova + (size - 1));
+
+    if (!status)
+        permit(&b, table_at(table->root), table->levels, iova, iova + (size - 1), perm);
+    return status;
+}
+
+bool host_table_next(const struct pt_format *format, const struct pt_config *table, uint64_t first, uint64_t last,
+                     uint64_t *at)
+{
+    struct builder b = {NULL, format};
+    unsigned covered = format->entry_lg2(table->levels + 1);
+
+    if (covered < 64 && last >> covered)
+        last = (1ull << covered) - 1;
+    return first <= last && find(&b, table_at(table->root), table->levels, first, last, true, at);
 }

@@ -68,7 +68,7 @@ void *pool_take(struct pool *pool)
         return NULL;
     if (page) {
         memcpy(&pool->free_pages, page, sizeof pool->free_pages);
-        memset(page, 0, POOL_PAGE);
+        memset(page, 0, sizeof pool->free_pages);
     } else {
         if (pool->fresh == pool->end && pool_grow(pool))
             return NULL;

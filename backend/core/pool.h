@@ -18,6 +18,6 @@ struct pool {
 void pool_init(struct pool *pool);
 void pool_deinit(struct pool *pool); /* frees every page, in use or not */
 void *pool_take(struct pool *pool);  /* NULL: the bound is reached, or the host has no memory */
-void pool_give(struct pool *pool, void *page);
+void pool_give(struct pool *pool, void *page); /* all zero again */
 
 #endif

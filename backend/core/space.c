@@ -88,10 +88,12 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
     if (space) {
         status = space->children || space->routes ? VIO_ERR_BUSY : VIO_OK;
         if (!status) {
-            if (space->parent)
+            if (space->parent) {
                 space->parent->children--;
-            else
+            } else {
                 host_table_destroy(&engine->pool, pt_formats[space->format], &space->table);
+                dirty_free(space->dirty, &engine->pool);
+            }
             space_remove(engine, space); /* its tag is never used again, so its IOTLB entries match nothing */
         }
     }
@@ -113,8 +115,21 @@ int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t h
         status = space->parent ? VIO_ERR_KIND
                                : host_table_map(&engine->pool, pt_formats[space->format], &space->table, iova, hva,
                                                 size, access);
+    if (!status && space->dirty) {
+        status = dirty_cover(space->dirty, &engine->pool, iova, iova + (size - 1));
+        if (status) { /* what was not covered before was not mapped either: nobody used it yet */
+            host_table_unmap(&engine->pool, pt_formats[space->format], &space->table, iova, size);
+            dirty_trim(&engine->pool, space, iova, iova + (size - 1));
+        }
+    }
     engine_change_end(engine);
     return status;
+}
+
+static void forget_range(struct vio_engine *engine, struct space *space, uint64_t first, uint64_t last)
+{
+    iotlb_forget_range(&engine->iotlb, &space->scope, first, last);
+    iotlb_forget_below(&engine->iotlb, &space->scope); /* children's entries are found by their IOVA, not by ours */
 }
 
 int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size)
@@ -131,9 +146,30 @@ int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t
                      ? VIO_ERR_KIND
                      : host_table_unmap(&engine->pool, pt_formats[space->format], &space->table, iova, size);
     if (!status) {
-        iotlb_forget_range(&engine->iotlb, &space->scope, iova, iova + (size - 1));
-        iotlb_forget_below(&engine->iotlb, &space->scope); /* children's entries are found by their IOVA, not by ours */
+        forget_range(engine, space, iova, iova + (size - 1));
+        if (space->dirty)
+            dirty_trim(&engine->pool, space, iova, iova + (size - 1));
     }
+    engine_change_end(engine);
+    return status;
+}
+
+int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t access)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    if (!size || ((iova | size) & PAGE_BITS) || iova + (size - 1) < iova || !access ||
+        (access & ~(uint32_t)RW_BOTH))
+        return VIO_ERR_VALUE;
+    engine_change_begin(engine);
+    space = space_find(engine, ioasid);
+    if (space)
+        status = space->parent ? VIO_ERR_KIND
+                               : host_table_protect(&engine->pool, pt_formats[space->format], &space->table, iova,
+                                                    size, access);
+    if (!status)
+        forget_range(engine, space, iova, iova + (size - 1));
     engine_change_end(engine);
     return status;
 }

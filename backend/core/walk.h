@@ -137,6 +137,7 @@ PT_INLINE int walk_host_space(const struct pt_format *format, const struct space
 struct nested {
     const struct pt_format *stage2;
     const struct pt_config *table2;
+    const struct dirty *dirty; /* of stage 2 */
     struct guard *guard;
     struct walk *walk;
     uint64_t hva;  /* of the entry read last */
@@ -171,10 +172,11 @@ PT_INLINE int nested_replace(void *context, uint64_t at, uint64_t old, uint64_t 
 
         return host_fault(nested->walk, &stage, at, reason);
     }
-    return __atomic_compare_exchange_n((uint64_t *)(uintptr_t)nested->hva, &old, new, false, __ATOMIC_ACQ_REL,
-                                       __ATOMIC_RELAXED)
-               ? 0
-               : -1;
+    if (!__atomic_compare_exchange_n((uint64_t *)(uintptr_t)nested->hva, &old, new, false, __ATOMIC_ACQ_REL,
+                                     __ATOMIC_RELAXED))
+        return -1;
+    dirty_mark(nested->dirty, at, sizeof new); /* guest memory that its owner did not write */
+    return 0;
 }
 
 static const struct entry_access nested_access = {.read = nested_read, .replace = nested_replace};
@@ -189,7 +191,8 @@ PT_INLINE int walk_nested_space(const struct pt_format *format1, const struct pt
                                 const struct space *space, struct guard *guard, struct walk *walk)
 {
     const struct pt_config *table2 = &space->parent->table;
-    struct nested nested = {.stage2 = format2, .table2 = table2, .guard = guard, .walk = walk};
+    struct nested nested = {
+        .stage2 = format2, .table2 = table2, .dirty = space->parent->dirty, .guard = guard, .walk = walk};
     struct stage stage1, stage2;
     int reason = walk_stage(format1, &space->table, false, walk->iova, walk->need, &nested_access, &nested, &stage1);
 
