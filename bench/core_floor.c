@@ -25,7 +25,7 @@ static uint64_t after(uint64_t address)
 
 const void *bench_stage2_root(vio_engine *engine, uint32_t ioasid)
 {
-    return (const void *)(uintptr_t)space_find(engine, ioasid)->table.root;
+    return (const void *)(uintptr_t)space_find(engine, ioasid)->table.table.tree.root;
 }
 
 double bench_walk(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, uint64_t count, uint64_t rounds)

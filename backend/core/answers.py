@@ -13,6 +13,9 @@ class Access(IntFlag):
 
     READ = lib.VIO_READ
     WRITE = lib.VIO_WRITE
+    EXECUTE = lib.VIO_EXECUTE
+    PRIVILEGED = lib.VIO_PRIVILEGED
+    """Of a request: with supervisor privilege."""
 
 
 RW = Access.READ | Access.WRITE
@@ -45,6 +48,10 @@ class Reason(IntEnum):
     """The function may not send requests; said by the layers above."""
     ENTRY_CHANGED = lib.VIO_REASON_ENTRY_CHANGED
     """The entry changed at every attempt to set its accessed or dirty bit."""
+    ACCESS_FLAG = lib.VIO_REASON_ACCESS_FLAG
+    """The accessed bit is clear, and hardware is not to set it."""
+    DIRTY = lib.VIO_REASON_DIRTY
+    """The dirty bit is clear at a write, and hardware is not to set it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,8 @@ class Fault:
     reason: Reason
     done: int
     """Bytes moved before the fault."""
+    table: bool = False
+    """It befell a table entry of stage 1 (its memory gone, or stage 2 not leading to it), and not the data."""
 
 
 @dataclass(frozen=True, slots=True)

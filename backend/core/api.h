@@ -3,9 +3,11 @@
  * So it holds declarations only, and the one preprocessor form cffi knows: integer #defines.
  */
 
-/* What a request does, and what a mapping or a route permits. */
+/* What a request does, and what a mapping or a route permits. A format without a right to execute asks for VIO_READ. */
 #define VIO_READ 1
 #define VIO_WRITE 2
+#define VIO_EXECUTE 4
+#define VIO_PRIVILEGED 8 /* of a request: with supervisor privilege */
 
 /* pasid argument of a request that carries none */
 #define VIO_NO_PASID 0xffffffff
@@ -31,6 +33,8 @@ enum vio_reason {
     VIO_REASON_MEMORY_GONE,    /* mapped memory that its owner has taken away (truncated, unmapped) */
     VIO_REASON_BUS_MASTER_OFF, /* said by the layers above: the function may not send requests */
     VIO_REASON_ENTRY_CHANGED,  /* an entry changed at every attempt to set its accessed or dirty bit */
+    VIO_REASON_ACCESS_FLAG,    /* accessed bit clear, and hardware is not to set it */
+    VIO_REASON_DIRTY,          /* dirty bit clear at a write, and hardware is not to set it */
 };
 
 /* Status of every call: 0 done, 1 answered by a fault (vio_last_fault), negative: misuse by the caller. */
@@ -50,9 +54,46 @@ enum vio_status {
     VIO_ERR_UNTRACKED = -11, /* the space does not track what is dirty */
 };
 
-/* Configuration bits of a bound table. */
-#define VIO_TABLE_ACCESSED 1
-#define VIO_TABLE_DIRTY 2
+/* Options of a table. A format takes those that its header names, and refuses others. */
+#define VIO_TABLE_ACCESSED 0x1         /* set accessed bits; formats with options for it (x86 always does) */
+#define VIO_TABLE_DIRTY 0x2            /* set dirty bits; needs the former */
+#define VIO_TABLE_UNSIGNED 0x4         /* x86: the address is not sign-extended (AMD: requests of PASID 0) */
+#define VIO_TABLE_WRITE_ANY 0x8        /* x86: privileged writes ignore R/W (CR0.WP or WPE clear) */
+#define VIO_TABLE_SMEP 0x10            /* x86: no privileged execution of user pages */
+#define VIO_TABLE_XD_IGNORED 0x20      /* x86: bit 63 means nothing */
+#define VIO_TABLE_XD_RESERVED 0x40     /* x86: bit 63 is reserved */
+#define VIO_TABLE_NO_1G 0x80           /* x86, VT-d, EPT: no leaves of 1 GiB */
+#define VIO_TABLE_NO_2M 0x100          /* VT-d, EPT: no leaves of 2 MiB */
+#define VIO_TABLE_NO_SNOOP 0x200       /* VT-d: bit 11 of a leaf is reserved (ECAP.SC clear) */
+#define VIO_TABLE_NO_EXECUTE_ONLY 0x400 /* EPT: execution needs read */
+#define VIO_TABLE_EXECUTE_MODES 0x800  /* EPT: bit 10 is the user's right to execute (mode-based execute control) */
+#define VIO_TABLE_TOP_BYTE 0x1000      /* Arm stage 1: bits 63:56 are ignored, lower range (TBI0) */
+#define VIO_TABLE_UPPER_TOP_BYTE 0x2000 /* ditto, upper range (TBI1) */
+#define VIO_TABLE_FLAT 0x4000          /* Arm stage 1: attributes of tables do not count, lower range (HAD0) */
+#define VIO_TABLE_UPPER_FLAT 0x8000    /* ditto, upper range (HAD1) */
+#define VIO_TABLE_NO_ACCESS_FAULT 0x10000 /* Arm: a clear access flag is no fault (AFFD) */
+#define VIO_TABLE_LARGE_OUTPUT 0x20000 /* Arm: the SMMU has 52 output bits, whatever is in force (OAS) */
+#define VIO_TABLE_ONE_XN 0x40000       /* Arm stage 2: XN has one bit (no FEAT_XNX) */
+#define VIO_TABLE_SUM 0x80000          /* RISC-V: privileged reads and writes may touch user pages */
+#define VIO_TABLE_NO_NAPOT 0x100000    /* RISC-V: no Svnapot */
+#define VIO_TABLE_NO_PBMT 0x200000     /* RISC-V: no Svpbmt */
+#define VIO_TABLE_RSW 0x400000         /* RISC-V: bits 60:59 are software's (Svrsw60t59b) */
+
+/* One tree of tables. */
+typedef struct {
+    uint64_t root;       /* address of the root table: GPA of a guest's, HVA of ours */
+    uint32_t levels;     /* level of the root, 1 holding the smallest leaves; 0: no such tree (Arm: EPDn) */
+    uint32_t input_bits; /* bits of the address that index it; 0: what the levels of the format cover */
+    uint32_t granule;    /* log2 of the smallest page; 0: 12, and 12 in all formats but Arm's */
+} vio_tree;
+
+/* A table and how it is to be read. */
+typedef struct {
+    vio_tree tree;
+    vio_tree upper;       /* Arm stage 1: of addresses with bit 55 set (TTBR1); else levels 0 */
+    uint32_t output_bits; /* width of output addresses; 0: as many as the format has */
+    uint32_t flags;       /* VIO_TABLE_* */
+} vio_table;
 
 typedef struct vio_engine vio_engine;
 
@@ -69,6 +110,7 @@ typedef struct {
     uint8_t level;
     uint8_t reason;
     uint8_t has_gpa;
+    uint8_t table;    /* stage 2 (or memory gone): at an entry of a stage-1 table, not at the data */
 } vio_fault;
 
 typedef struct {
@@ -104,13 +146,13 @@ void vio_engine_counters(vio_engine *engine, vio_counters *out);
 int vio_format_find(const char *name);
 
 /* space.c */
-int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, uint32_t levels);
+int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table);
 int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent);
 int vio_space_destroy(vio_engine *engine, uint32_t ioasid);
 int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access);
 int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size);
 int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t access);
-int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t root, uint32_t levels, uint32_t flags);
+int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table);
 int vio_space_unbind(vio_engine *engine, uint32_t ioasid);
 int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last);
 int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counters *out);

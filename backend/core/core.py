@@ -65,7 +65,8 @@ class Core:
 
         Raises: ExistsError, BadValueError (levels), UnknownIdError (format), LimitError.
         """
-        _check(lib.vio_space_create_host(self._engine, _id(ioasid), _format(fmt), _small(levels)), ioasid)
+        table = ffi.new("vio_table *", {"tree": {"levels": _small(levels)}})
+        _check(lib.vio_space_create_host(self._engine, _id(ioasid), _format(fmt), table), ioasid)
 
     def create_nested_space(self, ioasid: int, parent: int) -> None:
         """Create a guest-managed space over the host-managed space `parent`; its requests fault until bind_table.
@@ -181,10 +182,9 @@ class Core:
         Raises: BadValueError, UnknownIdError, KindError (host-managed space, or no such format over the parent's).
         """
         flags = (lib.VIO_TABLE_ACCESSED if accessed else 0) | (lib.VIO_TABLE_DIRTY if dirty else 0)
-        status = lib.vio_space_bind(
-            self._engine, _id(ioasid), _format(fmt), _address(root, "root"), _small(levels), flags
-        )
-        _check(status, ioasid)
+        tree = {"root": _address(root, "root"), "levels": _small(levels)}
+        table = ffi.new("vio_table *", {"tree": tree, "flags": flags})
+        _check(lib.vio_space_bind(self._engine, _id(ioasid), _format(fmt), table), ioasid)
 
     def unbind_table(self, ioasid: int) -> None:
         """Take a nested space's table away. Raises: UnknownIdError, KindError."""
@@ -363,6 +363,7 @@ def _fault(status: int) -> Fault:
         entry=fault.entry,
         reason=Reason(fault.reason),
         done=fault.done,
+        table=bool(fault.table),
     )
 
 

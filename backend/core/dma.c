@@ -24,6 +24,7 @@ struct job {
     const struct dirty *dirty; /* where writes are noted; NULL: not */
     uint32_t tag;
     unsigned need, permitted; /* by the route */
+    unsigned rights;          /* that the tables must give: `need` in the order of PT_BOTH */
     /* copy: a list of segments on one side, one buffer on the other */
     const vio_segment *segments;
     uint64_t count;
@@ -60,7 +61,7 @@ static __attribute__((noinline)) int walk_and_fill(struct job *job, struct guard
     int reason;
 
     walk->iova = job->iova;
-    walk->need = job->need;
+    walk->need = job->rights;
     job->walks++;
     reason = space->walk(space, guard, walk);
     if (reason)
@@ -86,7 +87,7 @@ static inline int translate(struct job *job, struct guard *guard)
     struct iotlb *iotlb = &job->engine->iotlb;
     uint64_t sizes = __atomic_load_n(&job->space->scope.sizes, __ATOMIC_RELAXED);
 
-    if (iotlb->sets && iotlb_lookup(iotlb, job->tag, sizes, job->iova, &job->hit) && !(job->need & ~job->hit.perm)) {
+    if (iotlb->sets && iotlb_lookup(iotlb, job->tag, sizes, job->iova, &job->hit) && !(job->rights & ~job->hit.perm)) {
         job->hits++;
     } else {
         int reason = walk_and_fill(job, guard);
@@ -232,7 +233,7 @@ static int run_guarded(struct job *job, int (*body)(struct guard *, void *))
             job->walk.stage = 1;
             job->walk.level = job->walk.reading_level;
             job->walk.fault_gpa = job->walk.reading_gpa;
-            job->walk.has_gpa = true;
+            job->walk.has_gpa = job->walk.table = true;
             return VIO_REASON_MEMORY_GONE;
         }
         if (job->count && job->step != PAGE) {
@@ -246,6 +247,12 @@ static int run_guarded(struct job *job, int (*body)(struct guard *, void *))
     }
 }
 
+/* What a route must permit: it knows no right to execute, execution reads. */
+static unsigned route_rights(unsigned need)
+{
+    return (need & RW_BOTH) | (need & VIO_EXECUTE ? VIO_READ : 0);
+}
+
 /* Look the route up; 0, or why its requests go nowhere. */
 static int find_route(struct job *job, uint32_t rid, uint32_t pasid)
 {
@@ -256,10 +263,11 @@ static int find_route(struct job *job, uint32_t rid, uint32_t pasid)
     if (!job->space)
         return VIO_REASON_BLOCKED;
     job->permitted = job->route->access;
-    if (job->need & ~job->permitted)
+    if (route_rights(job->need) & ~job->permitted)
         return VIO_REASON_PERMISSION;
     if (!job->space->walk)
         return VIO_REASON_NOT_BOUND;
+    job->rights = (job->need & PT_RWX) << (job->need & VIO_PRIVILEGED ? PT_PRIVILEGED : 0);
     job->tag = iotlb_tag(&job->engine->iotlb, &job->space->scope);
     job->dirty = (job->space->parent ? job->space->parent : job->space)->dirty;
     return 0;
@@ -325,11 +333,20 @@ static int request(struct job *job, uint32_t rid, uint32_t pasid, int (*body)(st
                                  .stage = (uint8_t)walk->stage,
                                  .level = (uint8_t)walk->level,
                                  .reason = (uint8_t)reason,
-                                 .has_gpa = walk->has_gpa};
+                                 .has_gpa = walk->has_gpa,
+                                 .table = walk->table};
         reason = VIO_FAULT;
     }
     gate_leave(&job->engine->gate);
     return reason;
+}
+
+/* What route and tables permit to requests of this one's privilege. */
+static unsigned permitted(const struct job *job)
+{
+    unsigned perm = PT_PERMITTED(job->hit.perm) >> (job->need & VIO_PRIVILEGED ? PT_PRIVILEGED : 0) & PT_RWX;
+
+    return perm & (job->permitted | (job->permitted & VIO_READ ? VIO_EXECUTE : 0));
 }
 
 int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access,
@@ -338,11 +355,11 @@ int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iov
     struct job job = {.engine = engine, .need = access, .iova = iova};
     int status;
 
-    if (!access || (access & ~(uint32_t)RW_BOTH))
+    if (!(access & PT_RWX) || (access & ~(uint32_t)(PT_RWX | VIO_PRIVILEGED)))
         return VIO_ERR_VALUE;
     status = request(&job, rid, pasid, run_translate);
     if (!status)
-        *out = (vio_translation){job.hit.hva, job.hit.size, job.hit.gpa, job.hit.perm & job.permitted};
+        *out = (vio_translation){job.hit.hva, job.hit.size, job.hit.gpa, permitted(&job)};
     return status;
 }
 

@@ -28,15 +28,15 @@ struct space;
 /* A translation asked for, and its answer: the result, or where the walk ended. */
 struct walk {
     uint64_t iova;
-    unsigned need; /* access that must be permitted */
+    unsigned need; /* what must be permitted, in the order of PT_BOTH */
     /* result */
     uint64_t hva, gpa;
     unsigned size_lg2; /* smaller of both stages */
-    unsigned perm;     /* AND of both stages */
+    unsigned perm;     /* AND of both stages; PT_CLEAN of it if a write must walk again */
     /* fault */
     unsigned stage, level;
     uint64_t fault_gpa, entry;
-    bool has_gpa;
+    bool has_gpa, table; /* table: at an entry of stage 1, not at the data */
     /* stage-1 entry being read, should its memory be gone; level 0: none */
     volatile unsigned reading_level;
     volatile uint64_t reading_gpa;

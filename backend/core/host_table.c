@@ -11,6 +11,7 @@
 struct builder {
     struct pool *pool;
     const struct pt_format *format;
+    const struct pt_config *config;
 };
 
 static uint64_t *table_at(uint64_t address)
@@ -20,12 +21,21 @@ static uint64_t *table_at(uint64_t address)
 
 static uint64_t *entry_at(const struct builder *b, uint64_t *table, uint64_t address, unsigned level)
 {
-    return table + b->format->entry_offset(address, level) / sizeof *table;
+    unsigned granule = b->config->table.tree.granule;
+    uint64_t offset = level == b->config->table.tree.levels ? pt_root_offset(granule, address, level)
+                                                            : pt_offset(granule, address, level);
+
+    return table + offset / sizeof *table;
+}
+
+static unsigned entry_lg2(const struct builder *b, unsigned level)
+{
+    return pt_entry_lg2(b->config->table.tree.granule, level);
 }
 
 static uint64_t entry_size(const struct builder *b, unsigned level)
 {
-    return 1ull << b->format->entry_lg2(level);
+    return 1ull << entry_lg2(b, level);
 }
 
 /* Last address that the entry for `address` at `level` covers, or `last` if that comes first. */
@@ -38,7 +48,7 @@ static uint64_t entry_last(const struct builder *b, uint64_t address, uint64_t l
 
 static bool decode(const struct builder *b, uint64_t entry, unsigned level, struct pt_entry *out)
 {
-    return b->format->decode(entry, level, true, out) == 0;
+    return b->format->decode(b->config, NULL, entry, level, true, out) == 0;
 }
 
 int host_table_create(struct pool *pool, struct pt_config *table)
@@ -47,7 +57,7 @@ int host_table_create(struct pool *pool, struct pt_config *table)
 
     if (!root)
         return VIO_ERR_LIMIT;
-    table->root = (uint64_t)(uintptr_t)root;
+    table->table.tree.root = (uint64_t)(uintptr_t)root;
     return VIO_OK;
 }
 
@@ -66,7 +76,7 @@ static void free_table(struct builder *b, uint64_t *table, unsigned level)
 
 void host_table_destroy(struct pool *pool, const struct pt_format *format, const struct pt_config *table)
 {
-    free_table(&(struct builder){pool, format}, table_at(table->root), table->levels);
+    free_table(&(struct builder){pool, format, table}, table_at(table->table.tree.root), table->table.tree.levels);
 }
 
 /* The first address of [first, last] that is mapped (mapped = true) or is not; false if there is none. */
@@ -135,9 +145,9 @@ static bool fill(struct builder *b, uint64_t *table, unsigned level, uint64_t fi
 
         bool table_here = decode(b, *entry, level, &e); /* the range is free: so no leaf */
 
-        if (!table_here && level <= b->format->leaf_levels && !((first | hva) & (size - 1)) &&
+        if (!table_here && b->format->leaf_sizes(b->config, level) >> entry_lg2(b, level) & 1 && !((first | hva) & (size - 1)) &&
             end - first == size - 1) {
-            *entry = b->format->make_leaf(hva, level, perm);
+            *entry = b->format->make_leaf(b->config, hva, level, entry_lg2(b, level), perm);
         } else {
             if (!table_here) {
                 void *next = pool_take(b->pool);
@@ -146,7 +156,7 @@ static bool fill(struct builder *b, uint64_t *table, unsigned level, uint64_t fi
                     return false;
                 e.oa = (uint64_t)(uintptr_t)next;
                 e.next = level - 1;
-                *entry = b->format->make_table(e.oa, e.next);
+                *entry = b->format->make_table(b->config, e.oa, level);
             }
             if (!fill(b, table_at(e.oa), e.next, first, end, hva, perm))
                 return false;
@@ -161,15 +171,15 @@ static bool fill(struct builder *b, uint64_t *table, unsigned level, uint64_t fi
 int host_table_map(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
                    uint64_t hva, uint64_t size, unsigned perm)
 {
-    struct builder b = {pool, format};
-    uint64_t last = iova + size - 1, *root = table_at(table->root), at;
+    struct builder b = {pool, format, table};
+    uint64_t last = iova + size - 1, *root = table_at(table->table.tree.root), at;
 
-    if (!format->address_ok(iova, table->levels) || !format->address_ok(last, table->levels))
+    if (last > table->last)
         return VIO_ERR_VALUE;
-    if (find(&b, root, table->levels, iova, last, true, &at))
+    if (find(&b, root, table->table.tree.levels, iova, last, true, &at))
         return VIO_ERR_OVERLAP;
-    if (!fill(&b, root, table->levels, iova, last, hva, perm)) {
-        clear(&b, root, table->levels, iova, last);
+    if (!fill(&b, root, table->table.tree.levels, iova, last, hva, perm)) {
+        clear(&b, root, table->table.tree.levels, iova, last);
         return VIO_ERR_LIMIT;
     }
     return VIO_OK;
@@ -186,14 +196,15 @@ static bool split(struct builder *b, uint64_t *table, unsigned level, uint64_t a
             return true;
         if (!e.next) {
             uint64_t *next = pool_take(b->pool), small = entry_size(b, level - 1);
+            unsigned perm = b->format->permissions(b->config, NULL, ~0ull, *entry, true) & PT_RWX;
 
             if (!next)
                 return false;
             for (uint64_t i = 0; i < POOL_PAGE / sizeof *next; i++)
-                next[i] = b->format->make_leaf(e.oa + i * small, level - 1, e.perm);
+                next[i] = b->format->make_leaf(b->config, e.oa + i * small, level - 1, entry_lg2(b, level - 1), perm);
             e.oa = (uint64_t)(uintptr_t)next;
             e.next = level - 1;
-            *entry = b->format->make_table(e.oa, e.next);
+            *entry = b->format->make_table(b->config, e.oa, level);
         }
         table = table_at(e.oa);
         level = e.next;
@@ -203,14 +214,14 @@ static bool split(struct builder *b, uint64_t *table, unsigned level, uint64_t a
 /* A range that is mapped, with leaf boundaries at both its ends: nothing done, or all that can fail. */
 static int carve(struct builder *b, const struct pt_config *table, uint64_t first, uint64_t last)
 {
-    uint64_t *root = table_at(table->root), at;
+    uint64_t *root = table_at(table->table.tree.root), at;
 
-    if (!b->format->address_ok(first, table->levels) || !b->format->address_ok(last, table->levels))
+    if (last > table->last)
         return VIO_ERR_VALUE;
-    if (find(b, root, table->levels, first, last, false, &at))
+    if (find(b, root, table->table.tree.levels, first, last, false, &at))
         return VIO_ERR_NOT_MAPPED;
     /* Splitting may lack room, but changes no translation. */
-    if (!split(b, root, table->levels, first) || (last != UINT64_MAX && !split(b, root, table->levels, last + 1)))
+    if (!split(b, root, table->table.tree.levels, first) || (last != UINT64_MAX && !split(b, root, table->table.tree.levels, last + 1)))
         return VIO_ERR_LIMIT;
     return VIO_OK;
 }
@@ -218,11 +229,11 @@ static int carve(struct builder *b, const struct pt_config *table, uint64_t firs
 int host_table_unmap(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
                      uint64_t size)
 {
-    struct builder b = {pool, format};
+    struct builder b = {pool, format, table};
     int status = carve(&b, table, iova, iova + (size - 1));
 
     if (!status)
-        clear(&b, table_at(table->root), table->levels, iova, iova + (size - 1));
+        clear(&b, table_at(table->table.tree.root), table->table.tree.levels, iova, iova + (size - 1));
     return status;
 }
 
@@ -238,7 +249,7 @@ static void permit(const struct builder *b, uint64_t *table, unsigned level, uin
             if (e.next)
                 permit(b, table_at(e.oa), e.next, first, end, perm);
             else
-                *entry = b->format->make_leaf(e.oa, level, perm);
+                *entry = b->format->make_leaf(b->config, e.oa, level, entry_lg2(b, level), perm);
         }
         if (end == last)
             return;
@@ -249,21 +260,20 @@ static void permit(const struct builder *b, uint64_t *table, unsigned level, uin
 int host_table_protect(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
                        uint64_t size, unsigned perm)
 {
-    struct builder b = {pool, format};
+    struct builder b = {pool, format, table};
     int status = carve(&b, table, iova, iova + (size - 1));
 
     if (!status)
-        permit(&b, table_at(table->root), table->levels, iova, iova + (size - 1), perm);
+        permit(&b, table_at(table->table.tree.root), table->table.tree.levels, iova, iova + (size - 1), perm);
     return status;
 }
 
 bool host_table_next(const struct pt_format *format, const struct pt_config *table, uint64_t first, uint64_t last,
                      uint64_t *at)
 {
-    struct builder b = {NULL, format};
-    unsigned covered = format->entry_lg2(table->levels + 1);
+    struct builder b = {NULL, format, table};
 
-    if (covered < 64 && last >> covered)
-        last = (1ull << covered) - 1;
-    return first <= last && find(&b, table_at(table->root), table->levels, first, last, true, at);
+    if (last > table->last)
+        last = table->last;
+    return first <= last && find(&b, table_at(table->table.tree.root), table->table.tree.levels, first, last, true, at);
 }

@@ -34,20 +34,38 @@ static void space_remove(struct vio_engine *engine, struct space *space)
     free(space);
 }
 
-int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, uint32_t levels)
+static bool config_ok(int format, struct pt_config *config, bool host)
+{
+    const struct pt_format *f = pt_formats[format];
+    vio_table *table = &config->table;
+
+    if (table->flags & ~(host ? 0 : f->flags))
+        return false;
+    if (!f->any_granule) {
+        if (table->tree.levels < f->min_levels || table->tree.levels > f->max_levels || table->upper.levels ||
+            (table->tree.granule && table->tree.granule != PT_GRANULE))
+            return false;
+        table->tree.granule = PT_GRANULE;
+    }
+    return f->prepare(config, host);
+}
+
+int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table)
 {
     struct space *space;
     int status;
 
+    struct pt_config config = {.table = *table};
+
     if (format < 0 || format >= PT_FORMATS || !walk_host(format))
         return VIO_ERR_KIND;
-    if (levels < pt_formats[format]->min_levels || levels > pt_formats[format]->max_levels)
+    if (!config_ok(format, &config, true))
         return VIO_ERR_VALUE;
     engine_change_begin(engine);
     status = space_add(engine, ioasid, &space);
     if (!status) {
         space->format = format;
-        space->table.levels = levels;
+        space->table = config;
         status = host_table_create(&engine->pool, &space->table);
         if (status) {
             space_remove(engine, space);
@@ -174,16 +192,16 @@ int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64
     return status;
 }
 
-int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t root, uint32_t levels, uint32_t flags)
+int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table)
 {
     struct space *space;
     int status = VIO_ERR_UNKNOWN;
 
+    struct pt_config config = {.table = *table};
+
     if (format < 0 || format >= PT_FORMATS)
         return VIO_ERR_KIND;
-    if (levels < pt_formats[format]->min_levels || levels > pt_formats[format]->max_levels || (root & PAGE_BITS) ||
-        root >> pt_formats[format]->oa_bits || (flags & ~(uint32_t)(VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY)) ||
-        flags == VIO_TABLE_DIRTY)
+    if (!config_ok(format, &config, false))
         return VIO_ERR_VALUE;
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
@@ -193,7 +211,7 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t roo
         status = walk ? VIO_OK : VIO_ERR_KIND;
         if (walk) {
             space->format = format;
-            space->table = (struct pt_config){.root = root, .levels = levels, .flags = flags};
+            space->table = config;
             space->walk = walk;
             iotlb_forget(&engine->iotlb, &space->scope);
         }
