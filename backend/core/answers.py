@@ -109,6 +109,8 @@ class Counters:
     """Detached ones included: they keep their counters."""
     table_pages: int
     """4 KiB pages of tables the core built."""
+    faults_dropped: int
+    """Faults that found the ring of `Core.faults` full."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@
 #define VIO_MAX_ROUTES 65536
 #define VIO_MAX_TABLE_PAGES 262144
 #define VIO_MAX_IOTLB 1048576
+#define VIO_FAULT_RING 1024
 
 /* Why a request was answered with a fault: one table for every format. */
 enum vio_reason {
@@ -53,6 +54,11 @@ enum vio_status {
     VIO_ERR_BUFFER = -10,    /* the caller's own buffer went away under the call */
     VIO_ERR_UNTRACKED = -11, /* the space does not track what is dirty */
 };
+
+/* AtomicOps */
+#define VIO_ATOMIC_ADD 1
+#define VIO_ATOMIC_SWAP 2
+#define VIO_ATOMIC_CAS 3
 
 /* Options of a table. A format takes those that its header names, and refuses others. */
 #define VIO_TABLE_ACCESSED 0x1         /* set accessed bits; formats with options for it (x86 always does) */
@@ -127,7 +133,7 @@ typedef struct {
 
 typedef struct {
     uint64_t iotlb_hits, iotlb_misses, iotlb_evictions, walks, requests, bytes, faults;
-    uint64_t spaces, routes, table_pages;
+    uint64_t spaces, routes, table_pages, faults_dropped;
 } vio_counters;
 
 typedef struct {
@@ -175,6 +181,20 @@ int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iov
 int vio_dma(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, void *buffer, uint64_t length, int write);
 int vio_dma_scatter(vio_engine *engine, uint32_t rid, uint32_t pasid, const vio_segment *segments, uint64_t count,
                     void *buffer, int write);
+int vio_dma_fill(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t length, uint64_t pattern,
+                 uint32_t width);
+int vio_dma_copy(vio_engine *engine, uint32_t from_rid, uint32_t from_pasid, uint64_t from, uint32_t to_rid,
+                 uint32_t to_pasid, uint64_t to, uint64_t length);
 int vio_store(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t value, uint32_t width);
 int vio_load(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t width, uint64_t *out);
+
+/* atomic.c: operand, compare and before are of 128 bits, low half first. */
+int vio_atomic(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, int operation, uint32_t width,
+               const uint64_t *operand, const uint64_t *compare, uint64_t *before);
+
+/* request.c: of this thread's last request that was answered by VIO_FAULT. */
 const vio_fault *vio_last_fault(void);
+
+/* faults.c: take the oldest ones out of the ring; how many. */
+uint32_t vio_faults(vio_engine *engine, vio_fault *out, uint32_t room);
+uint64_t vio_faults_dropped(vio_engine *engine);

@@ -17,9 +17,16 @@ int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
         free(engine);
         return status;
     }
+    status = fault_ring_init(&engine->faults);
+    if (status) {
+        iotlb_deinit(&engine->iotlb);
+        free(engine);
+        return status;
+    }
     engine->of_rid = calloc(RIDS, sizeof *engine->of_rid); /* 1 MiB of zeroes, of which the host gives what is used */
     if (!engine->of_rid || guard_install() || index_init(&engine->spaces) || index_init(&engine->routes)) {
         free(engine->of_rid);
+        fault_ring_deinit(&engine->faults);
         index_deinit(&engine->spaces);
         index_deinit(&engine->routes);
         iotlb_deinit(&engine->iotlb);
@@ -48,6 +55,7 @@ void vio_engine_destroy(vio_engine *engine)
     index_deinit(&engine->routes);
     iotlb_deinit(&engine->iotlb);
     free(engine->of_rid);
+    fault_ring_deinit(&engine->faults);
     pool_deinit(&engine->pool);
     gate_deinit(&engine->gate);
     free(engine);
@@ -60,6 +68,7 @@ void vio_engine_counters(vio_engine *engine, vio_counters *out)
     out->spaces = engine->spaces.used;
     out->routes = engine->routes.used;
     out->table_pages = engine->pool.pages;
+    out->faults_dropped = vio_faults_dropped(engine);
     engine_change_end(engine);
 }
 

@@ -2,7 +2,7 @@
  * The engine: one a VM. Spaces, routes, IOTLB and table pages behind one gate.
  *
  * The gate (gate.h): a request passes it before it looks its route up and leaves after the last byte touched. A long
- * one leaves in between when a change waits, after REQUEST_BUDGET at most, and then starts over from its route with what
+ * one leaves in between when a change waits, after JOB_BUDGET (request.h) at most, and then starts over from its route with what
  * is left to do. Whatever changes a space or a route closes the gate for it: so once such a change has returned, no
  * request that could have seen the old state runs.
  */
@@ -13,6 +13,7 @@
 #include <stdbool.h>
 
 #include "dirty.h"
+#include "faults.h"
 #include "formats/formats.h"
 #include "gate.h"
 #include "guard.h"
@@ -80,6 +81,7 @@ struct vio_engine {
     struct route_list *of_rid;  /* of each RID: its routes that are not detached */
     struct iotlb iotlb;
     struct pool pool;
+    struct fault_ring faults;
     vio_counters counters;
 };
 
