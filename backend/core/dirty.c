@@ -48,11 +48,11 @@ int dirty_cover(struct dirty *dirty, struct pool *pool, uint64_t first, uint64_t
 
         if (index_find(&dirty->chunks, key))
             continue;
-        chunk = pool_take(pool);
+        chunk = pool_take(pool, POOL_LEAST);
         if (!chunk)
             return VIO_ERR_LIMIT;
         if (index_insert(&dirty->chunks, key, chunk)) {
-            pool_give(pool, chunk);
+            pool_give(pool, chunk, POOL_LEAST);
             return VIO_ERR_MEMORY;
         }
     }
@@ -62,11 +62,10 @@ int dirty_cover(struct dirty *dirty, struct pool *pool, uint64_t first, uint64_t
 /* Bits for all that is mapped now. */
 static int cover_mapped(struct dirty *dirty, struct pool *pool, const struct space *space)
 {
-    const struct pt_format *format = pt_formats[space->format];
     uint64_t at = 0;
     int status = VIO_OK;
 
-    while (!status && host_table_next(format, &space->table, at, UINT64_MAX, &at)) {
+    while (!status && host_table_next(space->format, &space->table, at, UINT64_MAX, &at)) {
         status = dirty_cover(dirty, pool, at, at);
         at = (at | ((1ull << DIRTY_CHUNK_LG2) - 1)) + 1;
         if (!at)
@@ -88,10 +87,9 @@ static void trim_chunk(struct pool *pool, const struct space *space, uint64_t ke
     uint64_t *chunk = index_find(&space->dirty->chunks, key), first = key << DIRTY_CHUNK_LG2, at;
 
     if (chunk && clean(chunk) &&
-        !host_table_next(pt_formats[space->format], &space->table, first, first | ((1ull << DIRTY_CHUNK_LG2) - 1),
-                         &at)) {
+        !host_table_next(space->format, &space->table, first, first | ((1ull << DIRTY_CHUNK_LG2) - 1), &at)) {
         index_remove(&space->dirty->chunks, key);
-        pool_give(pool, chunk);
+        pool_give(pool, chunk, POOL_LEAST);
     }
 }
 
@@ -137,7 +135,7 @@ void dirty_free(struct dirty *dirty, struct pool *pool)
     for (size_t i = 0; i <= dirty->chunks.mask; i++)
         if (dirty->chunks.slots[i].value) {
             memset(dirty->chunks.slots[i].value, 0, POOL_PAGE);
-            pool_give(pool, dirty->chunks.slots[i].value);
+            pool_give(pool, dirty->chunks.slots[i].value, POOL_LEAST);
         }
     index_deinit(&dirty->chunks);
     free(dirty);

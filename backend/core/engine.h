@@ -119,18 +119,16 @@ static inline uint64_t route_key(uint32_t rid, uint32_t pasid)
 walk_fn walk_host(int format);                /* NULL: the format cannot hold tables of ours */
 walk_fn walk_nested(int stage1, int stage2); /* NULL: no such pair */
 
-/* host_table.c: tables that the core builds. All answer a vio_status. */
+/* host_table.c: tables that the core builds. All but the last answer a vio_status. */
 int host_table_create(struct pool *pool, struct pt_config *table);
-void host_table_destroy(struct pool *pool, const struct pt_format *format, const struct pt_config *table);
-int host_table_map(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
-                   uint64_t hva, uint64_t size, unsigned perm);
-int host_table_unmap(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
-                     uint64_t size);
+void host_table_destroy(struct pool *pool, int format, const struct pt_config *table);
+int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t hva,
+                   uint64_t size, unsigned perm);
+int host_table_unmap(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t size);
 /* Give a range that is mapped another permission. */
-int host_table_protect(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
-                       uint64_t size, unsigned perm);
+int host_table_protect(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t size,
+                       unsigned perm);
 /* The first mapped address of [first, last]; false if nothing there is mapped. */
-bool host_table_next(const struct pt_format *format, const struct pt_config *table, uint64_t first, uint64_t last,
-                     uint64_t *at);
+bool host_table_next(int format, const struct pt_config *table, uint64_t first, uint64_t last, uint64_t *at);
 
 #endif

@@ -2,7 +2,8 @@
  * Tables that the core builds in its own memory: stage 2, in a hardware format, its leaf addresses being HVAs.
  *
  * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. The gate is closed, so
- * nothing walks a table while it changes.
+ * nothing walks a table while it changes. An entry of 0 is no entry, in every format, and none that the core writes is
+ * 0. Leaves have the size of their level's entries.
  */
 #include <string.h>
 
@@ -12,30 +13,68 @@ struct builder {
     struct pool *pool;
     const struct pt_format *format;
     const struct pt_config *config;
+    unsigned granule;
+    void (*fill_run)(const struct pt_config *config, uint64_t *entry, uint64_t count, uint64_t oa, unsigned perm);
 };
+
+/* The loop in which the time of a mapping goes: one instance for each format. Entries of level 1 for `oa` and on. */
+PT_INLINE void fill_run(const struct pt_format *format, const struct pt_config *config, uint64_t *entry,
+                        uint64_t count, uint64_t oa, unsigned perm)
+{
+    const struct pt_config known = *config; /* what entries are written to does not change it: the compiler may know */
+    unsigned granule = format->any_granule ? known.table.tree.granule : PT_GRANULE;
+
+    for (uint64_t i = 0; i < count; i++)
+        entry[i] = format->make_leaf(&known, oa + (i << granule), 1, granule, perm);
+}
+
+#define X(name)                                                                                                        \
+    static void fill_run_##name(const struct pt_config *config, uint64_t *entry, uint64_t count, uint64_t oa,          \
+                                unsigned perm)                                                                         \
+    {                                                                                                                  \
+        fill_run(&name##_format, config, entry, count, oa, perm);                                                      \
+    }
+HOST_FORMATS(X)
+#undef X
+
+static struct builder builder(struct pool *pool, int format, const struct pt_config *config)
+{
+    struct builder b = {pool, pt_formats[format], config, config->table.tree.granule, NULL};
+
+#define X(name)                                                                                                        \
+    if (format == PT_##name)                                                                                           \
+        b.fill_run = fill_run_##name;
+    HOST_FORMATS(X)
+#undef X
+    return b;
+}
 
 static uint64_t *table_at(uint64_t address)
 {
     return (uint64_t *)(uintptr_t)address;
 }
 
+static uint64_t *root(const struct builder *b)
+{
+    return table_at(b->config->table.tree.root);
+}
+
+static unsigned levels(const struct builder *b)
+{
+    return b->config->table.tree.levels;
+}
+
 static uint64_t *entry_at(const struct builder *b, uint64_t *table, uint64_t address, unsigned level)
 {
-    unsigned granule = b->config->table.tree.granule;
-    uint64_t offset = level == b->config->table.tree.levels ? pt_root_offset(granule, address, level)
-                                                            : pt_offset(granule, address, level);
+    uint64_t offset = level == levels(b) ? pt_root_offset(b->granule, address, level)
+                                         : pt_offset(b->granule, address, level);
 
     return table + offset / sizeof *table;
 }
 
-static unsigned entry_lg2(const struct builder *b, unsigned level)
-{
-    return pt_entry_lg2(b->config->table.tree.granule, level);
-}
-
 static uint64_t entry_size(const struct builder *b, unsigned level)
 {
-    return 1ull << entry_lg2(b, level);
+    return 1ull << pt_entry_lg2(b->granule, level);
 }
 
 /* Last address that the entry for `address` at `level` covers, or `last` if that comes first. */
@@ -46,52 +85,82 @@ static uint64_t entry_last(const struct builder *b, uint64_t address, uint64_t l
     return covered < last ? covered : last;
 }
 
-static bool decode(const struct builder *b, uint64_t entry, unsigned level, struct pt_entry *out)
+/* The table below an entry that is not 0; NULL: it is a leaf, decoded in *leaf. */
+static uint64_t *below(const struct builder *b, uint64_t entry, unsigned level, struct pt_entry *leaf)
 {
-    return b->format->decode(b->config, NULL, entry, level, true, out) == 0;
+    leaf->next = 0;
+    b->format->decode(b->config, NULL, entry, level, true, leaf);
+    return leaf->next ? table_at(leaf->oa) : NULL;
+}
+
+static uint64_t make_leaf(const struct builder *b, uint64_t oa, unsigned level, unsigned perm)
+{
+    return b->format->make_leaf(b->config, oa, level, pt_entry_lg2(b->granule, level), perm);
+}
+
+static unsigned root_lg2(const struct pt_config *config)
+{
+    unsigned lg2 = POOL_LEAST;
+
+    while (1ull << lg2 < pt_root_bytes(&config->table.tree))
+        lg2++;
+    return lg2;
+}
+
+/* Give a table back that holds nothing any more. */
+static void give_table(struct builder *b, uint64_t *table)
+{
+    pool_give(b->pool, table, b->granule);
 }
 
 int host_table_create(struct pool *pool, struct pt_config *table)
 {
-    void *root = pool_take(pool);
+    unsigned lg2 = root_lg2(table);
+    void *made = lg2 <= POOL_LARGEST ? pool_take(pool, lg2) : NULL;
 
-    if (!root)
+    if (!made)
         return VIO_ERR_LIMIT;
-    table->table.tree.root = (uint64_t)(uintptr_t)root;
+    table->table.tree.root = (uint64_t)(uintptr_t)made;
     return VIO_OK;
 }
 
-static void free_table(struct builder *b, uint64_t *table, unsigned level)
+static void free_below(struct builder *b, uint64_t *table, unsigned level, uint64_t entries)
 {
-    if (level > 1)
-        for (size_t i = 0; i < POOL_PAGE / sizeof *table; i++) {
-            struct pt_entry e;
+    for (uint64_t i = 0; level > 1 && i < entries; i++) {
+        struct pt_entry leaf;
+        uint64_t *next = table[i] ? below(b, table[i], level, &leaf) : NULL;
 
-            if (decode(b, table[i], level, &e) && e.next)
-                free_table(b, table_at(e.oa), e.next);
+        if (next) {
+            free_below(b, next, level - 1, 1ull << (b->granule - 3));
+            give_table(b, next);
         }
-    memset(table, 0, POOL_PAGE);
-    pool_give(b->pool, table);
+    }
+    memset(table, 0, entries * sizeof *table);
 }
 
-void host_table_destroy(struct pool *pool, const struct pt_format *format, const struct pt_config *table)
+void host_table_destroy(struct pool *pool, int format, const struct pt_config *table)
 {
-    free_table(&(struct builder){pool, format, table}, table_at(table->table.tree.root), table->table.tree.levels);
+    struct builder b = builder(pool, format, table);
+
+    free_below(&b, root(&b), levels(&b), pt_root_bytes(&table->table.tree) / sizeof(uint64_t));
+    pool_give(pool, root(&b), root_lg2(table));
 }
 
 /* The first address of [first, last] that is mapped (mapped = true) or is not; false if there is none. */
 static bool find(const struct builder *b, uint64_t *table, unsigned level, uint64_t first, uint64_t last, bool mapped,
                  uint64_t *at)
 {
-    for (;;) {
-        uint64_t end = entry_last(b, first, last, level);
-        struct pt_entry e;
-        bool there = decode(b, *entry_at(b, table, first, level), level, &e);
+    uint64_t *entry = entry_at(b, table, first, level);
 
-        if (there && e.next) {
-            if (find(b, table_at(e.oa), e.next, first, end, mapped, at))
+    for (;; entry++) {
+        uint64_t end = entry_last(b, first, last, level);
+        struct pt_entry leaf;
+        uint64_t *next = *entry && level > 1 ? below(b, *entry, level, &leaf) : NULL;
+
+        if (next) {
+            if (find(b, next, level - 1, first, end, mapped, at))
                 return true;
-        } else if (there == mapped) {
+        } else if ((*entry != 0) == mapped) {
             *at = first;
             return true;
         }
@@ -101,31 +170,36 @@ static bool find(const struct builder *b, uint64_t *table, unsigned level, uint6
     }
 }
 
-static bool empty(const uint64_t *table)
+static bool empty(const struct builder *b, const uint64_t *table)
 {
-    for (size_t i = 0; i < POOL_PAGE / sizeof *table; i++)
+    for (uint64_t i = 0; i < 1ull << (b->granule - 3); i++)
         if (table[i])
             return false;
     return true;
 }
 
-/* Clear a range in which no leaf is larger than its part of the range; free the tables that it empties. */
+/* Clear a range in which no leaf is larger than its part of the range; give back the tables that it empties. */
 static void clear(struct builder *b, uint64_t *table, unsigned level, uint64_t first, uint64_t last)
 {
-    for (;;) {
-        uint64_t end = entry_last(b, first, last, level), *entry = entry_at(b, table, first, level);
-        struct pt_entry e;
+    uint64_t *entry = entry_at(b, table, first, level);
 
-        if (decode(b, *entry, level, &e)) {
-            if (!e.next) {
+    if (level == 1) {
+        memset(entry, 0, (((last - first) >> b->granule) + 1) * sizeof *entry);
+        return;
+    }
+    for (;; entry++) {
+        uint64_t end = entry_last(b, first, last, level);
+        struct pt_entry leaf;
+        uint64_t *next = *entry ? below(b, *entry, level, &leaf) : NULL;
+
+        if (next) {
+            clear(b, next, level - 1, first, end);
+            if (empty(b, next)) {
+                give_table(b, next);
                 *entry = 0;
-            } else {
-                clear(b, table_at(e.oa), e.next, first, end);
-                if (empty(table_at(e.oa))) {
-                    pool_give(b->pool, table_at(e.oa));
-                    *entry = 0;
-                }
             }
+        } else {
+            *entry = 0;
         }
         if (end == last)
             return;
@@ -137,28 +211,30 @@ static void clear(struct builder *b, uint64_t *table, unsigned level, uint64_t f
 static bool fill(struct builder *b, uint64_t *table, unsigned level, uint64_t first, uint64_t last, uint64_t hva,
                  unsigned perm)
 {
-    uint64_t size = entry_size(b, level);
+    uint64_t *entry = entry_at(b, table, first, level), size = entry_size(b, level);
+    bool leaves;
 
-    for (;;) {
-        uint64_t end = entry_last(b, first, last, level), *entry = entry_at(b, table, first, level);
-        struct pt_entry e;
+    if (level == 1) {
+        b->fill_run(b->config, entry, ((last - first) >> b->granule) + 1, hva, perm);
+        return true;
+    }
+    leaves = b->format->leaf_sizes(b->config, level) & size;
+    for (;; entry++) {
+        uint64_t end = entry_last(b, first, last, level);
 
-        bool table_here = decode(b, *entry, level, &e); /* the range is free: so no leaf */
-
-        if (!table_here && b->format->leaf_sizes(b->config, level) >> entry_lg2(b, level) & 1 && !((first | hva) & (size - 1)) &&
-            end - first == size - 1) {
-            *entry = b->format->make_leaf(b->config, hva, level, entry_lg2(b, level), perm);
+        if (!*entry && leaves && !((first | hva) & (size - 1)) && end - first == size - 1) {
+            *entry = make_leaf(b, hva, level, perm);
         } else {
-            if (!table_here) {
-                void *next = pool_take(b->pool);
+            struct pt_entry leaf;
+            uint64_t *next = *entry ? below(b, *entry, level, &leaf) : NULL; /* the range is free: it is no leaf */
 
+            if (!next) {
+                next = pool_take(b->pool, b->granule);
                 if (!next)
                     return false;
-                e.oa = (uint64_t)(uintptr_t)next;
-                e.next = level - 1;
-                *entry = b->format->make_table(b->config, e.oa, level);
+                *entry = b->format->make_table(b->config, (uint64_t)(uintptr_t)next, level);
             }
-            if (!fill(b, table_at(e.oa), e.next, first, end, hva, perm))
+            if (!fill(b, next, level - 1, first, end, hva, perm))
                 return false;
         }
         if (end == last)
@@ -168,72 +244,87 @@ static bool fill(struct builder *b, uint64_t *table, unsigned level, uint64_t fi
     }
 }
 
-int host_table_map(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
-                   uint64_t hva, uint64_t size, unsigned perm)
+/* Whole pages that the table can hold, and a permission that its leaves can give. */
+static bool legal(const struct builder *b, uint64_t first, uint64_t last, uint64_t hva, unsigned perm)
 {
-    struct builder b = {pool, format, table};
-    uint64_t last = iova + size - 1, *root = table_at(table->table.tree.root), at;
+    return !((first | (last + 1) | hva) & ((1ull << b->granule) - 1)) && last <= b->config->last &&
+           (perm & VIO_READ || b->format->write_only);
+}
 
-    if (last > table->last)
+/* Mappings tell reads and writes apart, as DMA_MAP does; what may be read may be executed. */
+static unsigned with_execute(unsigned perm)
+{
+    return perm | (perm & VIO_READ ? VIO_EXECUTE : 0);
+}
+
+int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t hva,
+                   uint64_t size, unsigned perm)
+{
+    struct builder b = builder(pool, format, table);
+    uint64_t last = iova + (size - 1), at;
+
+    if (!legal(&b, iova, last, hva, perm))
         return VIO_ERR_VALUE;
-    if (find(&b, root, table->table.tree.levels, iova, last, true, &at))
+    if (find(&b, root(&b), levels(&b), iova, last, true, &at))
         return VIO_ERR_OVERLAP;
-    if (!fill(&b, root, table->table.tree.levels, iova, last, hva, perm)) {
-        clear(&b, root, table->table.tree.levels, iova, last);
+    if (!fill(&b, root(&b), levels(&b), iova, last, hva, with_execute(perm))) {
+        clear(&b, root(&b), levels(&b), iova, last);
         return VIO_ERR_LIMIT;
     }
     return VIO_OK;
 }
 
 /* Let a leaf boundary lie at `address`: a larger leaf there becomes a table of smaller ones, level by level. */
-static bool split(struct builder *b, uint64_t *table, unsigned level, uint64_t address)
+static bool split(struct builder *b, uint64_t address)
 {
-    for (;;) {
-        uint64_t *entry = entry_at(b, table, address, level);
-        struct pt_entry e;
+    uint64_t *table = root(b);
 
-        if (!(address & (entry_size(b, level) - 1)) || !decode(b, *entry, level, &e))
+    for (unsigned level = levels(b);; level--) {
+        uint64_t *entry = entry_at(b, table, address, level), small, *next;
+        struct pt_entry leaf;
+
+        if (!(address & (entry_size(b, level) - 1)) || !*entry)
             return true;
-        if (!e.next) {
-            uint64_t *next = pool_take(b->pool), small = entry_size(b, level - 1);
+        next = below(b, *entry, level, &leaf);
+        if (!next) {
             unsigned perm = b->format->permissions(b->config, NULL, ~0ull, *entry, true) & PT_RWX;
 
+            next = pool_take(b->pool, b->granule);
             if (!next)
                 return false;
-            for (uint64_t i = 0; i < POOL_PAGE / sizeof *next; i++)
-                next[i] = b->format->make_leaf(b->config, e.oa + i * small, level - 1, entry_lg2(b, level - 1), perm);
-            e.oa = (uint64_t)(uintptr_t)next;
-            e.next = level - 1;
-            *entry = b->format->make_table(b->config, e.oa, level);
+            small = entry_size(b, level - 1);
+            for (uint64_t i = 0; i < 1ull << (b->granule - 3); i++)
+                next[i] = make_leaf(b, leaf.oa + i * small, level - 1, perm);
+            *entry = b->format->make_table(b->config, (uint64_t)(uintptr_t)next, level);
         }
-        table = table_at(e.oa);
-        level = e.next;
+        table = next;
     }
 }
 
 /* A range that is mapped, with leaf boundaries at both its ends: nothing done, or all that can fail. */
-static int carve(struct builder *b, const struct pt_config *table, uint64_t first, uint64_t last)
+static int carve(struct builder *b, uint64_t first, uint64_t last)
 {
-    uint64_t *root = table_at(table->table.tree.root), at;
+    uint64_t at;
 
-    if (last > table->last)
-        return VIO_ERR_VALUE;
-    if (find(b, root, table->table.tree.levels, first, last, false, &at))
+    if (find(b, root(b), levels(b), first, last, false, &at))
         return VIO_ERR_NOT_MAPPED;
     /* Splitting may lack room, but changes no translation. */
-    if (!split(b, root, table->table.tree.levels, first) || (last != UINT64_MAX && !split(b, root, table->table.tree.levels, last + 1)))
+    if (!split(b, first) || (last != b->config->last && !split(b, last + 1)))
         return VIO_ERR_LIMIT;
     return VIO_OK;
 }
 
-int host_table_unmap(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
-                     uint64_t size)
+int host_table_unmap(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t size)
 {
-    struct builder b = {pool, format, table};
-    int status = carve(&b, table, iova, iova + (size - 1));
+    struct builder b = builder(pool, format, table);
+    uint64_t last = iova + (size - 1);
+    int status;
 
+    if (!legal(&b, iova, last, 0, VIO_READ))
+        return VIO_ERR_VALUE;
+    status = carve(&b, iova, last);
     if (!status)
-        clear(&b, table_at(table->table.tree.root), table->table.tree.levels, iova, iova + (size - 1));
+        clear(&b, root(&b), levels(&b), iova, last);
     return status;
 }
 
@@ -241,39 +332,43 @@ int host_table_unmap(struct pool *pool, const struct pt_format *format, const st
 static void permit(const struct builder *b, uint64_t *table, unsigned level, uint64_t first, uint64_t last,
                    unsigned perm)
 {
-    for (;;) {
-        uint64_t end = entry_last(b, first, last, level), *entry = entry_at(b, table, first, level);
-        struct pt_entry e;
+    uint64_t *entry = entry_at(b, table, first, level);
 
-        if (decode(b, *entry, level, &e)) {
-            if (e.next)
-                permit(b, table_at(e.oa), e.next, first, end, perm);
-            else
-                *entry = b->format->make_leaf(b->config, e.oa, level, entry_lg2(b, level), perm);
-        }
+    for (;; entry++) {
+        uint64_t end = entry_last(b, first, last, level);
+        struct pt_entry leaf;
+        uint64_t *next = below(b, *entry, level, &leaf);
+
+        if (next)
+            permit(b, next, level - 1, first, end, perm);
+        else
+            *entry = make_leaf(b, leaf.oa, level, perm);
         if (end == last)
             return;
         first = end + 1;
     }
 }
 
-int host_table_protect(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
-                       uint64_t size, unsigned perm)
+int host_table_protect(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t size,
+                       unsigned perm)
 {
-    struct builder b = {pool, format, table};
-    int status = carve(&b, table, iova, iova + (size - 1));
+    struct builder b = builder(pool, format, table);
+    uint64_t last = iova + (size - 1);
+    int status;
 
+    if (!legal(&b, iova, last, 0, perm))
+        return VIO_ERR_VALUE;
+    status = carve(&b, iova, last);
     if (!status)
-        permit(&b, table_at(table->table.tree.root), table->table.tree.levels, iova, iova + (size - 1), perm);
+        permit(&b, root(&b), levels(&b), iova, last, with_execute(perm));
     return status;
 }
 
-bool host_table_next(const struct pt_format *format, const struct pt_config *table, uint64_t first, uint64_t last,
-                     uint64_t *at)
+bool host_table_next(int format, const struct pt_config *table, uint64_t first, uint64_t last, uint64_t *at)
 {
-    struct builder b = {NULL, format, table};
+    struct builder b = builder(NULL, format, table);
 
     if (last > table->last)
         last = table->last;
-    return first <= last && find(&b, table_at(table->table.tree.root), table->table.tree.levels, first, last, true, at);
+    return first <= last && find(&b, root(&b), levels(&b), first, last, true, at);
 }

@@ -109,7 +109,7 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
             if (space->parent) {
                 space->parent->children--;
             } else {
-                host_table_destroy(&engine->pool, pt_formats[space->format], &space->table);
+                host_table_destroy(&engine->pool, space->format, &space->table);
                 dirty_free(space->dirty, &engine->pool);
             }
             space_remove(engine, space); /* its tag is never used again, so its IOTLB entries match nothing */
@@ -131,12 +131,12 @@ int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t h
     space = space_find(engine, ioasid);
     if (space)
         status = space->parent ? VIO_ERR_KIND
-                               : host_table_map(&engine->pool, pt_formats[space->format], &space->table, iova, hva,
+                               : host_table_map(&engine->pool, space->format, &space->table, iova, hva,
                                                 size, access);
     if (!status && space->dirty) {
         status = dirty_cover(space->dirty, &engine->pool, iova, iova + (size - 1));
         if (status) { /* what was not covered before was not mapped either: nobody used it yet */
-            host_table_unmap(&engine->pool, pt_formats[space->format], &space->table, iova, size);
+            host_table_unmap(&engine->pool, space->format, &space->table, iova, size);
             dirty_trim(&engine->pool, space, iova, iova + (size - 1));
         }
     }
@@ -162,7 +162,7 @@ int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t
     if (space)
         status = space->parent
                      ? VIO_ERR_KIND
-                     : host_table_unmap(&engine->pool, pt_formats[space->format], &space->table, iova, size);
+                     : host_table_unmap(&engine->pool, space->format, &space->table, iova, size);
     if (!status) {
         forget_range(engine, space, iova, iova + (size - 1));
         if (space->dirty)
@@ -184,7 +184,7 @@ int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64
     space = space_find(engine, ioasid);
     if (space)
         status = space->parent ? VIO_ERR_KIND
-                               : host_table_protect(&engine->pool, pt_formats[space->format], &space->table, iova,
+                               : host_table_protect(&engine->pool, space->format, &space->table, iova,
                                                     size, access);
     if (!status)
         forget_range(engine, space, iova, iova + (size - 1));
