@@ -17,8 +17,7 @@
 static uint8_t *ram;
 
 struct child {
-    int format;
-    unsigned flags;
+    struct tables tables;
     uint64_t pending; /* a bit a probe */
 };
 
@@ -26,6 +25,7 @@ struct machine {
     vio_engine *engine[2]; /* with caches, and without */
     uint8_t leads[PAGES];  /* GPA page -> page of memory, PAGES: nowhere */
     uint64_t probe[PROBES];
+    int stage2; /* format */
     struct child child[CHILDREN];
 };
 
@@ -38,7 +38,7 @@ struct machine {
 
 static void write_entry(struct machine *m, struct input *in, unsigned kind)
 {
-    uint64_t at, entry = take_entry(in, m->child[take(in, 1) % CHILDREN].format, 0, PAGES, kind, &at), old;
+    uint64_t at, entry = take_entry(in, &m->child[take(in, 1) % CHILDREN].tables, 0, PAGES, kind, &at), old;
 
     at = at % SIZE & ~7ull;
     memcpy(&old, ram + at, sizeof old);
@@ -65,20 +65,21 @@ static void check_equal(const struct child *c, int status, const vio_translation
                         const vio_translation *walked)
 {
     const vio_fault *expected = vio_last_fault();
+    bool updates = c->tables.asked.flags; /* one engine's walk may have set bits since the other's */
 
     if (!status) {
         HOLDS(cached->hva == walked->hva && cached->gpa == walked->gpa && cached->size == walked->size);
         HOLDS(!(cached->access & ~walked->access));
-        HOLDS(c->flags || cached->access == walked->access);
+        HOLDS(updates || cached->access == walked->access);
         return;
     }
     HOLDS(fault->reason == expected->reason && fault->stage == expected->stage && fault->level == expected->level);
-    HOLDS(fault->gpa == expected->gpa && (c->flags || fault->entry == expected->entry));
+    HOLDS(fault->gpa == expected->gpa && (updates || fault->entry == expected->entry));
 }
 
 static void probe(struct machine *m, struct input *in)
 {
-    unsigned number = (unsigned)take(in, 1) % CHILDREN, which = (unsigned)take(in, 1), need = 1 + which / 16 % 3;
+    unsigned number = (unsigned)take(in, 1) % CHILDREN, which = (unsigned)take(in, 1), need = 1 + which / 16;
     const struct child *c = &m->child[number];
     vio_translation cached, walked;
     vio_fault fault;
@@ -88,7 +89,9 @@ static void probe(struct machine *m, struct input *in)
     status[0] = vio_translate(m->engine[0], number, VIO_NO_PASID, m->probe[which], need, &cached);
     fault = *vio_last_fault();
     status[1] = vio_translate(m->engine[1], number, VIO_NO_PASID, m->probe[which], need, &walked);
-    HOLDS(status[0] >= 0 && status[1] >= 0);
+    HOLDS((status[0] < 0) == (status[1] < 0));
+    if (status[0] < 0)
+        return;
     if (!status[0])
         check_safe(m, &cached);
     if (c->pending >> which & 1)
@@ -108,7 +111,16 @@ static void invalidate(struct machine *m, struct input *in)
         if (last < first)
             last = UINT64_MAX;
     }
-    HOLDS(!vio_space_invalidate(m->engine[0], HOST + 1 + number, first, last));
+    if (choice == 2) {
+        vio_invalidate_all(m->engine[0]);
+        for (unsigned i = 0; i < CHILDREN; i++)
+            m->child[i].pending = 0;
+        return;
+    }
+    if (choice == 4)
+        HOLDS(!vio_invalidate_device(m->engine[0], number));
+    else
+        HOLDS(!vio_space_invalidate(m->engine[0], HOST + 1 + number, first, last));
     for (unsigned i = 0; i < PROBES; i++)
         if (m->probe[i] >= first && m->probe[i] <= last)
             m->child[number].pending &= ~(1ull << i);
@@ -116,13 +128,11 @@ static void invalidate(struct machine *m, struct input *in)
 
 static void bind(struct machine *m, unsigned number, struct input *in)
 {
-    uint64_t choice = take(in, 1);
     struct child *c = &m->child[number];
+    uint64_t choice = take(in, 1);
 
-    c->format = any_format(take(in, 1));
-    c->flags = table_flags(choice >> 6);
-    BOTH(m, vio_space_bind, HOST + 1 + number, c->format, (choice & 3) * 16 * PAGE, levels_of(c->format, choice >> 2),
-         c->flags);
+    c->tables = take_tables(in, guest_format(choice >> 2, m->stage2), (choice & 3) * 16 * PAGE, 0);
+    BOTH(m, vio_space_bind, HOST + 1 + number, c->tables.format, &c->tables.asked);
     c->pending = 0;
 }
 
@@ -152,13 +162,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct input in = {data, data + size};
     struct machine m = {0};
-    int format;
+    struct tables host;
 
     if (!ram)
         ram = reserve(SIZE, 1 << 16, PROT_READ | PROT_WRITE);
-    format = host_format(take(&in, 1));
+    host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
+    m.stage2 = host.format;
     HOLDS(!vio_engine_create(4 + (uint32_t)take(&in, 1), &m.engine[0]) && !vio_engine_create(0, &m.engine[1]));
-    BOTH(&m, vio_space_create_host, HOST, format, pt_formats[format]->max_levels);
+    BOTH(&m, vio_space_create_host, HOST, host.format, &host.asked);
     BOTH(&m, vio_space_map, HOST, 0, (uintptr_t)ram, SIZE, RW_BOTH);
     for (uint8_t page = 0; page < PAGES; page++)
         m.leads[page] = page;

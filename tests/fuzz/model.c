@@ -14,7 +14,8 @@
 #define MAX_RUNS 96u
 #define UNITS 8u           /* pages of the guest, in the leaf size of the child's format */
 #define SLOT (1u << 16)    /* of a table: the largest there is */
-#define DATA (2u << 20)    /* offset of the guest's pages in memory; tables below */
+#define ROOT (16 * SLOT)   /* of a root: as many joined as there can be */
+#define DATA (8u << 20)    /* offset of the guest's pages in memory; tables below */
 #define RAM (2 * DATA)
 #define NOWHERE UNITS
 
@@ -24,10 +25,10 @@ struct run { /* one mapping of stage 2, or what an unmap has left of one */
 };
 
 struct child {
-    int format;
-    unsigned levels, flags, unit_lg2;
+    struct tables tables;
+    unsigned levels, unit_lg2;
     uint64_t iova;          /* of its first page */
-    uint64_t tables;        /* GPA of the lowest table */
+    uint64_t root;          /* GPA; the other tables follow */
     bool bound;
     unsigned leads[UNITS];  /* page -> page of the guest now, or NOWHERE */
     unsigned perm[UNITS];
@@ -37,8 +38,8 @@ struct child {
 
 struct model {
     vio_engine *engine;
-    int format;
-    unsigned levels, runs;
+    struct tables host;
+    unsigned runs;
     struct run run[MAX_RUNS];
     struct child child[CHILDREN];
     unsigned route[CHILDREN + 1], route_access[CHILDREN + 1]; /* by RID: 0 none, 1 host, 2.. child; 99 blocked */
@@ -125,8 +126,7 @@ static bool range_ok(const struct model *m, uint64_t gpa, uint64_t size)
 {
     uint64_t last = gpa + size - 1;
 
-    return size && !((gpa | size) % PAGE) && last >= gpa && pt_formats[m->format]->address_ok(gpa, m->levels) &&
-           pt_formats[m->format]->address_ok(last, m->levels);
+    return size && !((gpa | size) % PAGE) && last >= gpa && last <= m->host.config.last;
 }
 
 static void map(struct model *m, struct input *in)
@@ -178,16 +178,54 @@ static void unmap(struct model *m, struct input *in)
         take_out(m, gpa, gpa + size - 1);
 }
 
+static void protect(struct model *m, struct input *in)
+{
+    uint64_t gpa, size, choice = take(in, 1), last;
+    unsigned access = choice & 7, before;
+    int status, expected = VIO_OK;
+
+    take_range(in, &gpa, &size);
+    if (m->runs > MAX_RUNS / 2)
+        return;
+    if (choice & 8 && m->runs) {
+        gpa = m->run[(choice >> 4) % m->runs].first;
+        size = PAGE;
+    }
+    last = gpa + (size - 1);
+    if (!range_ok(m, gpa, size) || !access || access & ~(unsigned)RW_BOTH)
+        expected = VIO_ERR_VALUE;
+    else if (!all_mapped(m, gpa, last))
+        expected = VIO_ERR_NOT_MAPPED;
+    status = vio_space_protect(m->engine, HOST, gpa, size, access);
+    HOLDS(status == expected);
+    before = m->runs;
+    for (unsigned i = 0; i < before && !status; i++) { /* its parts within the range become runs of their own */
+        struct run run = m->run[i], part = run;
+
+        if (gpa > run.last || last < run.first)
+            continue;
+        part.first = gpa > run.first ? gpa : run.first;
+        part.last = last < run.last ? last : run.last;
+        part.hva += part.first - run.first;
+        part.access = access;
+        m->run[i] = part;
+        if (run.first < part.first)
+            add_run(m, (struct run){run.first, part.first - 1, run.hva, run.access});
+        if (run.last > part.last)
+            add_run(m, (struct run){part.last + 1, run.last, run.hva + (part.last + 1 - run.first), run.access});
+    }
+}
+
 /* The guest's tables: one chain down to a last table that holds its pages */
 
 static uint64_t table_gpa(const struct child *c, unsigned level)
 {
-    return c->tables + (level - 1) * SLOT;
+    return level == c->levels ? c->root : c->root + ROOT + (level - 1) * SLOT;
 }
 
 static uint8_t *table_entry(const struct child *c, unsigned level, uint64_t iova)
 {
-    return ram + table_gpa(c, level) + pt_formats[c->format]->entry_offset(iova, level);
+    return ram + table_gpa(c, level) + entry_offset(&c->tables, iova, level);
 }
 
 static void guest_writes(uint8_t *at, uint64_t entry)
@@ -203,7 +241,7 @@ static uint64_t page_gpa(const struct child *c, unsigned page)
 static void edit(struct model *m, struct input *in, bool all)
 {
     struct child *c = &m->child[take(in, 1) % CHILDREN];
-    const struct pt_format *format = pt_formats[c->format];
+    const struct pt_format *format = pt_formats[c->tables.format];
 
     if (!c->bound)
         return;
@@ -213,7 +251,7 @@ static void edit(struct model *m, struct input *in, bool all)
         c->leads[page] = choice & 64 ? NOWHERE : (unsigned)choice % UNITS;
         c->perm[page] = choice & 8 ? VIO_READ : RW_BOTH;
         if (c->leads[page] != NOWHERE)
-            entry = format->make_leaf(page_gpa(c, c->leads[page]), 1, c->perm[page]);
+            entry = format->make_leaf(&c->tables.config, page_gpa(c, c->leads[page]), 1, c->unit_lg2, c->perm[page]);
         guest_writes(table_entry(c, 1, c->iova + ((uint64_t)page << c->unit_lg2)), entry);
         c->may[page] |= 1u << c->leads[page];
         c->may_perm[page] |= c->leads[page] == NOWHERE ? 0 : c->perm[page];
@@ -238,23 +276,28 @@ static void bind(struct model *m, struct input *in)
 {
     unsigned number = (unsigned)take(in, 1) % CHILDREN;
     struct child *c = &m->child[number];
-    uint64_t choice = take(in, 1);
+    uint64_t choice = take(in, 1), place = take(in, 1);
     const struct pt_format *format;
+    struct pt_start start;
 
-    c->format = any_format(take(in, 1));
-    c->levels = levels_of(c->format, choice);
-    c->flags = table_flags(choice >> 4);
-    format = pt_formats[c->format];
-    c->unit_lg2 = format->entry_lg2(1);
-    c->iova = (choice & 128 ? 1ull << (format->entry_lg2(c->levels) + 1) : 0) + (take(in, 1) << c->unit_lg2);
+    c->root = number * (2 * ROOT);
+    c->tables = take_tables(in, guest_format(choice & 63, m->host.format), c->root, TABLES_PLAIN);
+    format = pt_formats[c->tables.format];
+    c->unit_lg2 = c->tables.config.table.tree.granule;
+    place = (choice & 64 ? take(in, 3) << 24 : 0) + place * UNITS;
+    c->iova = (choice & 128 ? ~place : place) << c->unit_lg2;
     c->iova &= ~(((uint64_t)UNITS << c->unit_lg2) - 1); /* so that all lie in one table */
-    c->tables = number * PT_MAX_LEVELS * SLOT;
-    if (!format->address_ok(c->iova, c->levels))
+    if (format->start(&c->tables.config, c->iova, &start))
         c->iova = 0;
-    memset(ram + c->tables, 0, PT_MAX_LEVELS * SLOT);
-    for (unsigned level = c->levels; level > 1; level--)
-        guest_writes(table_entry(c, level, c->iova), format->make_table(table_gpa(c, level - 1), level - 1));
-    HOLDS(!vio_space_bind(m->engine, HOST + 1 + number, c->format, table_gpa(c, c->levels), c->levels, c->flags));
+    HOLDS(!format->start(&c->tables.config, c->iova, &start) && start.granule == c->unit_lg2);
+    c->levels = start.levels;
+    memset(ram + c->root, 0, pt_root_bytes(&c->tables.config.table.tree));
+    for (unsigned level = c->levels; level > 1; level--) {
+        memset(ram + table_gpa(c, level - 1), 0, 1u << c->unit_lg2);
+        guest_writes(table_entry(c, level, c->iova),
+                     format->make_table(&c->tables.config, table_gpa(c, level - 1), level));
+    }
+    HOLDS(!vio_space_bind(m->engine, HOST + 1 + number, c->tables.format, &c->tables.asked));
     c->bound = true;
     for (unsigned page = 0; page < UNITS; page++) {
         c->leads[page] = NOWHERE;
@@ -306,7 +349,7 @@ static int stage2_says(struct model *m, uint64_t gpa, unsigned need)
 {
     struct run *run = run_at(m, gpa);
 
-    if (!pt_formats[m->format]->address_ok(gpa, m->levels))
+    if (gpa > m->host.config.last)
         return VIO_REASON_ADDRESS_WIDTH;
     if (!run)
         return VIO_REASON_NOT_PRESENT;
@@ -325,11 +368,11 @@ static void check_size(struct model *m, const vio_translation *found)
 static bool on_chain(struct model *m, const struct child *c)
 {
     for (unsigned level = 1; level <= c->levels; level++) {
-        uint64_t gpa = table_gpa(c, level) + pt_formats[c->format]->entry_offset(c->iova, level);
+        uint64_t gpa = table_gpa(c, level) + entry_offset(&c->tables, c->iova, level);
         struct run *run = run_at(m, gpa);
 
         if (!run || !(run->access & VIO_READ) || run->hva + (gpa - run->first) != (uintptr_t)ram + gpa ||
-            (c->flags && !(run->access & VIO_WRITE)))
+            !(run->access & VIO_WRITE))
             return false;
     }
     return true;
@@ -420,10 +463,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         ram = reserve(RAM, 2u << 20, PROT_READ | PROT_WRITE);
         empty = reserve(VOID, 1u << 30, PROT_NONE);
     }
-    m.format = host_format(take(&in, 1));
-    m.levels = levels_of(m.format, take(&in, 1));
+    m.host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
     HOLDS(!vio_engine_create((uint32_t)take(&in, 1), &m.engine));
-    HOLDS(!vio_space_create_host(m.engine, HOST, m.format, m.levels));
+    HOLDS(!vio_space_create_host(m.engine, HOST, m.host.format, &m.host.asked));
     for (unsigned i = 0; i < CHILDREN; i++)
         HOLDS(!vio_space_create_nested(m.engine, HOST + 1 + i, HOST));
     while (more(&in))
@@ -436,6 +478,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         case 5: edit(&m, &in, true); break;
         case 6: invalidate(&m, &in); break;
         case 7: attach(&m, &in); break;
+        case 9: protect(&m, &in); break;
         case 8: /* all of memory where it is expected, as a guest has it */
             if (!overlaps(&m, 0, RAM - 1) && range_ok(&m, 0, RAM) && m.runs < MAX_RUNS) {
                 HOLDS(!vio_space_map(m.engine, HOST, 0, (uintptr_t)ram, RAM, RW_BOTH));

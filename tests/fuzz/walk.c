@@ -17,8 +17,7 @@ static uint8_t *ram, *before; /* before: what the guest, not the core, wrote */
 
 struct machine {
     vio_engine *engine;
-    int stage1, stage2;
-    unsigned flags;
+    struct tables stage1;
     uint64_t base;               /* GPA of the first page */
     uint64_t mapped, writable;   /* a bit a page */
     uint64_t written;            /* pages that requests may have written */
@@ -63,7 +62,7 @@ static void put(uint64_t offset, uint64_t entry, bool flip)
 
 static void write_entry(const struct machine *m, struct input *in, unsigned kind)
 {
-    uint64_t at, entry = take_entry(in, m->stage1, m->base, PAGES, kind, &at);
+    uint64_t at, entry = take_entry(in, &m->stage1, m->base, PAGES, kind, &at);
 
     put(at, entry, kind == ENTRY_FLIP);
     if (!holds_page(m->mapped, at % SIZE))
@@ -76,7 +75,7 @@ static void check_found(const struct machine *m, const vio_translation *found, u
 
     HOLDS(found->size && last >= offset && last < SIZE);
     HOLDS(found->hva == (uintptr_t)ram + offset);
-    HOLDS(!(need & ~found->access & RW_BOTH));
+    HOLDS(!(need & ~found->access & PT_RWX));
     for (uint64_t page = offset / PAGE; page <= last / PAGE; page++) {
         HOLDS(m->mapped >> page & 1);
         HOLDS(!(found->access & VIO_WRITE) || m->writable >> page & 1);
@@ -88,7 +87,7 @@ static void check_fault(const struct machine *m, const vio_fault *fault)
     uint64_t offset = fault->gpa - m->base;
 
     HOLDS(fault->reason > VIO_REASON_NONE && fault->rid == RID && fault->stage <= 2 && fault->level <= PT_MAX_LEVELS);
-    HOLDS(fault->stage != 1 || fault->has_gpa);
+    HOLDS(fault->stage != 1 || fault->has_gpa || !fault->level);
     if (fault->stage == 1 && fault->entry) /* read, so stage 2 maps it */
         HOLDS(holds_page(m->mapped, offset & ~7ull));
     if (fault->stage == 2 && fault->reason == VIO_REASON_NOT_PRESENT)
@@ -101,7 +100,7 @@ static void request(struct machine *m, struct input *in)
 {
     static uint8_t buffer[3 * PAGE];
     uint64_t kind = take(in, 1), iova = take_address(in), value;
-    unsigned need = 1 + kind / 8 % 3, width = 1u << (kind & 3);
+    unsigned need = 1 + kind / 8 % 15, width = 1u << (kind & 3);
     vio_translation found;
     int status;
 
@@ -129,25 +128,27 @@ static void request(struct machine *m, struct input *in)
         status = vio_store(m->engine, RID, VIO_NO_PASID, iova, take(in, width), width);
         break;
     }
-    HOLDS(status == VIO_OK || status == VIO_FAULT);
+    if (status < 0) {
+        HOLDS(kind >> 5 < 4 && !(need & PT_RWX));
+        return;
+    }
     if (status)
         check_fault(m, vio_last_fault());
 }
 
 static void check_memory(const struct machine *m)
 {
-    uint64_t used = used_mask(m->stage1, m->flags);
-
     ASAN_UNPOISON_MEMORY_REGION(ram, SIZE);
     for (uint64_t page = 0; page < PAGES; page++) {
-        uint64_t allowed = m->writable >> page & 1 ? used : 0, now, then;
+        bool writable = m->writable >> page & 1;
+        uint64_t now, then;
 
         if (m->written >> page & 1 || !memcmp(ram + page * PAGE, before + page * PAGE, PAGE))
             continue;
         for (uint64_t at = page * PAGE; at < (page + 1) * PAGE; at += 8) {
             memcpy(&now, ram + at, sizeof now);
             memcpy(&then, before + at, sizeof then);
-            HOLDS(!((now ^ then) & ~allowed));
+            HOLDS(now == then || (writable && !((now ^ then) & ~may_change(&m->stage1, then))));
         }
     }
 }
@@ -156,26 +157,28 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct input in = {data, data + size};
     struct machine m = {0};
+    struct tables host;
     uint64_t choice;
+    unsigned stage1;
 
     if (!ram) {
         ram = reserve(SIZE, 1 << 16, PROT_READ | PROT_WRITE);
         before = reserve(SIZE, 1 << 16, PROT_READ | PROT_WRITE);
     }
-    m.stage1 = any_format(take(&in, 1));
-    m.stage2 = host_format(take(&in, 1));
+    stage1 = (unsigned)take(&in, 1);
+    host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
     choice = take(&in, 1);
-    m.flags = table_flags(choice);
-    m.base = take(&in, 1);
-    m.base = m.base < 128 ? 0 : 1ull << (18 + m.base % 29);
+    m.base = choice & 8 ? 1ull << (18 + (choice >> 4) * 2) : 0;
+    if (m.base + SIZE - 1 > host.config.last)
+        m.base = 0;
+    m.stage1 = take_tables(&in, guest_format(stage1, host.format), m.base + (choice & 3) * 16 * PAGE, 0);
     m.mapped = ~take(&in, 8);
     m.writable = m.mapped & ~take(&in, 8);
     HOLDS(!vio_engine_create(choice & 4 ? 64 : 0, &m.engine));
-    HOLDS(!vio_space_create_host(m.engine, HOST, m.stage2, pt_formats[m.stage2]->max_levels));
+    HOLDS(!vio_space_create_host(m.engine, HOST, host.format, &host.asked));
     map_pages(&m);
     HOLDS(!vio_space_create_nested(m.engine, CHILD, HOST));
-    HOLDS(!vio_space_bind(m.engine, CHILD, m.stage1, m.base + (choice >> 6) * 16 * PAGE,
-                          levels_of(m.stage1, choice >> 3), m.flags));
+    HOLDS(!vio_space_bind(m.engine, CHILD, m.stage1.format, &m.stage1.asked));
     HOLDS(!vio_route_attach(m.engine, RID, VIO_NO_PASID, CHILD, RW_BOTH));
     while (more(&in)) {
         uint64_t op = take(&in, 1);
