@@ -86,9 +86,10 @@ double bench_iotlb(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, u
         for (uint64_t i = 0; i < count; i++) {
             struct iotlb_hit hit;
 
-            uint32_t tag = iotlb_tag(&engine->iotlb, &space->scope);
+            const struct iotlb_scope *scope = &space->scope;
 
-            if (!iotlb_lookup(&engine->iotlb, tag, space->scope.sizes, iovas[i], &hit))
+            if (scope->seen != iotlb_above(scope) ||
+                !iotlb_lookup(&engine->iotlb, scope->tag, scope->sizes, iovas[i], &hit))
                 return -1; /* displaced: the caller gave too many */
             sum += hit.hva;
         }

@@ -75,13 +75,21 @@ void iotlb_forget_range(struct iotlb *iotlb, struct iotlb_scope *scope, uint64_t
 void iotlb_forget_below(struct iotlb *iotlb, struct iotlb_scope *scope);
 void iotlb_renew(struct iotlb *iotlb, struct iotlb_scope *scope, uint64_t now); /* slow path of iotlb_tag */
 
-/* The scope's tag, valid as long as the request stays behind the gate. */
-static inline uint32_t iotlb_tag(struct iotlb *iotlb, struct iotlb_scope *scope)
+/* Generations above a scope, added up: they only grow, so the sum is the same only if each of them is. */
+static inline uint64_t iotlb_above(const struct iotlb_scope *scope)
 {
-    uint64_t now = 0; /* generations only grow: the sum is the same only if each of them is */
+    uint64_t now = 0;
 
     for (const struct iotlb_scope *above = scope->above; above; above = above->above)
         now += above->generation;
+    return now;
+}
+
+/* The scope's tag, valid as long as the request stays behind the gate. */
+static inline uint32_t iotlb_tag(struct iotlb *iotlb, struct iotlb_scope *scope)
+{
+    uint64_t now = iotlb_above(scope);
+
     if (__builtin_expect(__atomic_load_n(&scope->seen, __ATOMIC_ACQUIRE) != now, 0))
         iotlb_renew(iotlb, scope, now);
     return scope->tag;
