@@ -56,7 +56,7 @@ static int run_atomic(struct guard *guard, void *context)
     if (reason)
         return reason;
     memory = (void *)(uintptr_t)request->hit.hva;
-    about_to_touch(request, guard, atomic->width);
+    about_to_touch(request, guard, 0, atomic->width);
     if (atomic->width == 16)
         swap_wide_if(memory, atomic);
     else if (atomic->width == 8)

@@ -7,29 +7,28 @@ ended is still in use.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backend.core._native import ffi, lib
-from backend.core.answers import RW, Access, Counters, Fault, Reason, RouteCounters, SpaceCounters, Translation
-from backend.core.errors import ERRORS, BadValueError, ClosedError, CoreError, UnknownIdError
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
+from backend.core.answers import RW, Access, Counters, RouteCounters, SpaceCounters
+from backend.core.errors import BadValueError
+from backend.core.native import LAST_ADDRESS, MAX_IOASID
+from backend.core.native import address as _address
+from backend.core.native import check as _check
+from backend.core.native import format_of as _format
+from backend.core.native import ioasid_of as _id
+from backend.core.native import number as _number
+from backend.core.native import pasid_of as _pasid
+from backend.core.native import small as _small
+from backend.core.requests import Requests
 
 BYTES = ffi.typeof("char[]")
-NO_PASID: int = lib.VIO_NO_PASID
-LAST_ADDRESS = (1 << 64) - 1
-MAX_IOASID = (1 << 32) - 1
 PAGE = 4096
 MAX_DIRTY_BITS = 1 << 30
 """read_dirty makes its bitmap itself: 128 MiB stand for 4 TiB of pages, and a caller may ask again."""
-MAX_READ = 1 << 30
-"""dma_read makes its buffer itself: no device moves more at once, so a larger length is a bug and not a need."""
 
 
-class Core:
+class Core(Requests):
     """One engine: its spaces, routes and IOTLB. One a VM.
 
     Args:
@@ -50,13 +49,6 @@ class Core:
     def close(self) -> None:
         """Give everything up. Calls under way end first; later ones raise ClosedError."""
         self._native = None
-
-    @property
-    def _engine(self) -> Any:
-        return self._native or self._closed()
-
-    def _closed(self) -> Any:
-        raise ClosedError
 
     # Spaces
 
@@ -229,97 +221,6 @@ class Core:
         """Forget where requests of (rid, pasid) go, or that they are blocked. Raises: UnknownIdError."""
         _check(lib.vio_route_detach(self._engine, _small(rid), _pasid(pasid)))
 
-    # Requests
-
-    def translate(self, rid: int, iova: int, access: Access, *, pasid: int | None = None) -> Translation | Fault:
-        """Translate one IOVA for an access, as a request would."""
-        out = ffi.new("vio_translation *")
-        try:
-            status = lib.vio_translate(self._engine, rid, _pasid(pasid), iova, _small(access), out)
-        except OverflowError:
-            return _beyond(rid, pasid, iova, access)
-        if status:
-            return _fault(status)
-        return Translation(out.hva, out.size, out.gpa, Access(out.access))
-
-    def dma_read(self, rid: int, iova: int, length: int, *, pasid: int | None = None) -> bytes | Fault:
-        """Read `length` bytes (0 to 2^30) at iova. Raises: BadValueError (length)."""
-        if not 0 <= length <= MAX_READ:
-            raise BadValueError(f"a read of {length} bytes: it must be of 0 to {MAX_READ}")
-        buffer = bytearray(length)
-        return self.dma_read_into(rid, iova, buffer, pasid=pasid) or bytes(buffer)
-
-    def dma_read_into(self, rid: int, iova: int, buffer: WriteableBuffer, *, pasid: int | None = None) -> Fault | None:
-        """Fill `buffer` (bytearray, memoryview, mmap ...) from memory at iova.
-
-        Raises: BufferGoneError if the buffer is a mapped file that was truncated.
-        """
-        target = ffi.from_buffer(BYTES, buffer, True)  # positional: by keyword it takes thrice the time
-        try:
-            status = lib.vio_dma(self._native or self._closed(), rid, _pasid(pasid), iova, target, len(target), 0)
-        except OverflowError:
-            return _beyond(rid, pasid, iova, Access.READ)
-        return _fault(status) if status else None
-
-    def dma_write(self, rid: int, iova: int, data: ReadableBuffer, *, pasid: int | None = None) -> Fault | None:
-        """Write all of `data` to memory at iova. Raises: BufferGoneError."""
-        source = ffi.from_buffer(data)
-        try:
-            status = lib.vio_dma(self._native or self._closed(), rid, _pasid(pasid), iova, source, len(source), 1)
-        except OverflowError:
-            return _beyond(rid, pasid, iova, Access.WRITE)
-        return _fault(status) if status else None
-
-    def dma_scatter(
-        self,
-        rid: int,
-        sg: Sequence[tuple[int, int]],
-        buffer: ReadableBuffer | WriteableBuffer,
-        *,
-        write: bool,
-        pasid: int | None = None,
-    ) -> Fault | None:
-        """Move between one buffer and a list of (iova, length), in order; `write`: from the buffer to memory.
-
-        The lengths add up to the buffer's. A fault tells the bytes moved before it, in all.
-
-        Raises: BadValueError (lengths), BufferGoneError.
-        """
-        view = ffi.from_buffer(BYTES, buffer, not write)
-        if sum(length for _, length in sg) != len(view):
-            raise BadValueError(f"the scatter list and its buffer of {len(view)} bytes differ in length")
-        try:
-            segments = struct.pack(f"={2 * len(sg)}Q", *(number for segment in sg for number in segment))
-        except struct.error:
-            far = next((iova for iova, _ in sg if iova > LAST_ADDRESS), -1)
-            return _beyond(rid, pasid, far, Access.WRITE if write else Access.READ)
-        pointer = ffi.cast("vio_segment *", ffi.from_buffer(segments))
-        status = lib.vio_dma_scatter(self._engine, rid, _pasid(pasid), pointer, len(sg), view, write)
-        return _fault(status) if status else None
-
-    def store(self, rid: int, iova: int, value: int, width: int, *, pasid: int | None = None) -> Fault | None:
-        """Store `value` as `width` (1, 2, 4, 8) bytes, little-endian, by one release store; iova aligned to the width.
-
-        Raises: BadValueError (width, or a value that does not fit it).
-        """
-        try:
-            status = lib.vio_store(self._engine, rid, _pasid(pasid), iova, value, width)
-        except OverflowError:
-            return _beyond(rid, pasid, iova, Access.WRITE)
-        return _fault(status) if status else None
-
-    def load(self, rid: int, iova: int, width: int, *, pasid: int | None = None) -> int | Fault:
-        """Load `width` (1, 2, 4, 8) bytes, little-endian, by one acquire load; iova aligned to the width.
-
-        Raises: BadValueError (width).
-        """
-        out = ffi.new("uint64_t *")
-        try:
-            status = lib.vio_load(self._engine, rid, _pasid(pasid), iova, width, out)
-        except OverflowError:
-            return _beyond(rid, pasid, iova, Access.READ)
-        return _fault(status) if status else int(out[0])
-
     # Counters
 
     def counters(self) -> Counters:
@@ -339,78 +240,3 @@ class Core:
         out = ffi.new("vio_route_counters *")
         _check(lib.vio_route_counters_get(self._engine, _small(rid), _pasid(pasid), out))
         return RouteCounters(*(getattr(out, name) for name in RouteCounters.__slots__))
-
-
-def _check(status: int, ioasid: int | None = None, iova: int | None = None, size: int | None = None) -> None:
-    if status:
-        raise ERRORS.get(status, CoreError)(ioasid=ioasid, iova=iova, size=size)
-
-
-def _fault(status: int) -> Fault:
-    """Return this thread's last fault, or raise what the negative status stands for."""
-    if status < 0:
-        _check(status)
-    fault = lib.vio_last_fault()
-    return Fault(
-        rid=fault.rid,
-        pasid=None if fault.pasid == NO_PASID else fault.pasid,
-        ioasid=fault.ioasid,
-        iova=fault.iova,
-        access=Access(fault.access),
-        stage=fault.stage,
-        level=fault.level,
-        gpa=fault.gpa if fault.has_gpa else None,
-        entry=fault.entry,
-        reason=Reason(fault.reason),
-        done=fault.done,
-        table=bool(fault.table),
-    )
-
-
-def _beyond(rid: int, pasid: int | None, iova: int, access: Access) -> Fault:
-    """Answer a request whose numbers are not of 64 bits: a device added to an address until it left the space."""
-    if iova <= LAST_ADDRESS:
-        raise BadValueError("a request's numbers must fit their fields: RID 16 bits, addresses, sizes and values 64")
-    return Fault(
-        rid=rid,
-        pasid=pasid,
-        ioasid=0,
-        iova=iova,
-        access=access,
-        stage=0,
-        level=0,
-        gpa=None,
-        entry=0,
-        reason=Reason.ADDRESS_WIDTH,
-        done=0,
-    )
-
-
-def _number(value: int, limit: int, name: str) -> int:
-    if not 0 <= value <= limit:
-        raise BadValueError(f"{name} is {value}: it must be within 0 and {limit:#x}")
-    return value
-
-
-def _address(value: int, name: str) -> int:
-    return _number(value, LAST_ADDRESS, name)
-
-
-def _id(ioasid: int) -> int:
-    return _number(ioasid, MAX_IOASID, "ioasid")
-
-
-def _small(value: int) -> int:
-    """Return a number that C takes as 32 bits and judges itself."""
-    return _number(value, MAX_IOASID, "argument")
-
-
-def _pasid(pasid: int | None) -> int:
-    return NO_PASID if pasid is None else _number(pasid, (1 << 20) - 1, "pasid")
-
-
-def _format(name: str) -> int:
-    number: int = lib.vio_format_find(name.encode())
-    if number < 0:
-        raise UnknownIdError(f"no page-table format is named {name!r}")
-    return number

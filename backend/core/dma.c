@@ -101,7 +101,7 @@ static int run_list(struct guard *guard, void *context)
             size = least(size, PAGE);
         job->budget -= (int64_t)size + STEP_COST;
         prefetch_next(job, size);
-        about_to_touch(request, guard, size);
+        about_to_touch(request, guard, 0, size);
         if (request->need & VIO_WRITE) {
             dirty_mark(request->dirty, request->hit.gpa, size); /* before: a loss may come after any byte of it */
             memcpy(memory, list->pattern ? list->pattern + job->done % PATTERN_PERIOD : list->buffer + job->done, size);
@@ -196,6 +196,7 @@ static int run_copy(struct guard *guard, void *context)
         return VIO_REASON_ADDRESS_WIDTH;
     while (job->done < copy->length) {
         uint64_t size = copy->length - job->done, offset = down ? size - 1 : job->done;
+        uint64_t back = 0; /* from where we stand to where the piece begins */
         int reason;
 
         if (must_pause(job))
@@ -209,22 +210,18 @@ static int run_copy(struct guard *guard, void *context)
             return reason;
         if (down) {
             size = least(size, least(read->hit.hva % PAGE, write->hit.hva % PAGE) + 1);
-            read->iova -= size - 1;
-            write->iova -= size - 1;
-            read->hit.hva -= size - 1;
-            write->hit.hva -= size - 1;
-            write->hit.gpa -= size - 1;
+            back = size - 1;
         } else {
             size = least(size, least(JOB_BUDGET, least(read->hit.size, write->hit.size)));
             if (job->by_pages)
                 size = least(size, least(page_rest(read), page_rest(write)));
         }
         job->budget -= (int64_t)size + 2 * STEP_COST;
-        guard->buffer.first = write->hit.hva;
+        guard->buffer.first = write->hit.hva - back;
         guard->buffer.size = size;
-        about_to_touch(read, guard, size);
-        dirty_mark(write->dirty, write->hit.gpa, size);
-        memmove((void *)(uintptr_t)write->hit.hva, (const void *)(uintptr_t)read->hit.hva, size);
+        about_to_touch(read, guard, back, size);
+        dirty_mark(write->dirty, write->hit.gpa - back, size);
+        memmove((void *)(uintptr_t)(write->hit.hva - back), (const void *)(uintptr_t)(read->hit.hva - back), size);
         job->done += size;
     }
     return 0;
@@ -266,7 +263,7 @@ static int run_single(struct guard *guard, void *context)
     if (reason)
         return reason;
     memory = (void *)(uintptr_t)request->hit.hva;
-    about_to_touch(request, guard, single->width);
+    about_to_touch(request, guard, 0, single->width);
     if (request->need & VIO_WRITE) {
         dirty_mark(request->dirty, request->hit.gpa, single->width);
         switch (single->width) { /* release: what it publishes is written before it */

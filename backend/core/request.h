@@ -84,10 +84,10 @@ static inline int request_translate(struct job *job, struct request *request, st
     return 0;
 }
 
-/* Announce the bytes about to be touched; the job is in memory, as it stands, before they are. */
-static inline void about_to_touch(const struct request *request, struct guard *guard, uint64_t size)
+/* Announce the bytes about to be touched, from `back` before where it stands; the job is in memory before they are. */
+static inline void about_to_touch(const struct request *request, struct guard *guard, uint64_t back, uint64_t size)
 {
-    guard_memory(guard, request->hit.hva, size);
+    guard_memory(guard, request->hit.hva - back, size);
     __asm__ volatile("" ::: "memory");
 }
 

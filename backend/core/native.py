@@ -1,0 +1,92 @@
+"""Calls into C: numbers on the way in, statuses and faults on the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backend.core._native import lib
+from backend.core.answers import Access, Fault, Reason
+from backend.core.errors import ERRORS, BadValueError, CoreError, UnknownIdError
+
+NO_PASID: int = lib.VIO_NO_PASID
+LAST_ADDRESS = (1 << 64) - 1
+MAX_IOASID = (1 << 32) - 1
+
+
+def check(status: int, ioasid: int | None = None, iova: int | None = None, size: int | None = None) -> None:
+    if status:
+        raise ERRORS.get(status, CoreError)(ioasid=ioasid, iova=iova, size=size)
+
+
+def fault_of(status: int) -> Fault:
+    """Return this thread's last fault, or raise what the negative status stands for."""
+    if status < 0:
+        check(status)
+    return fault_record(lib.vio_last_fault())
+
+
+def fault_record(fault: Any) -> Fault:
+    """Return a vio_fault as Python sees it."""
+    return Fault(
+        rid=fault.rid,
+        pasid=None if fault.pasid == NO_PASID else fault.pasid,
+        ioasid=fault.ioasid,
+        iova=fault.iova,
+        access=Access(fault.access),
+        stage=fault.stage,
+        level=fault.level,
+        gpa=fault.gpa if fault.has_gpa else None,
+        entry=fault.entry,
+        reason=Reason(fault.reason),
+        done=fault.done,
+        table=bool(fault.table),
+    )
+
+
+def beyond(rid: int, pasid: int | None, iova: int, access: Access) -> Fault:
+    """Answer a request whose numbers are not of 64 bits: a device added to an address until it left the space."""
+    if iova <= LAST_ADDRESS:
+        raise BadValueError("a request's numbers must fit their fields: RID 16 bits, addresses, sizes and values 64")
+    return Fault(
+        rid=rid,
+        pasid=pasid,
+        ioasid=0,
+        iova=iova,
+        access=access,
+        stage=0,
+        level=0,
+        gpa=None,
+        entry=0,
+        reason=Reason.ADDRESS_WIDTH,
+        done=0,
+    )
+
+
+def number(value: int, limit: int, name: str) -> int:
+    if not 0 <= value <= limit:
+        raise BadValueError(f"{name} is {value}: it must be within 0 and {limit:#x}")
+    return value
+
+
+def address(value: int, name: str) -> int:
+    return number(value, LAST_ADDRESS, name)
+
+
+def ioasid_of(ioasid: int) -> int:
+    return number(ioasid, MAX_IOASID, "ioasid")
+
+
+def small(value: int) -> int:
+    """Return a number that C takes as 32 bits and judges itself."""
+    return number(value, MAX_IOASID, "argument")
+
+
+def pasid_of(pasid: int | None) -> int:
+    return NO_PASID if pasid is None else number(pasid, (1 << 20) - 1, "pasid")
+
+
+def format_of(name: str) -> int:
+    number: int = lib.vio_format_find(name.encode())
+    if number < 0:
+        raise UnknownIdError(f"no page-table format is named {name!r}")
+    return number
