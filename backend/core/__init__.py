@@ -26,10 +26,12 @@ from backend.core.errors import (
     UnknownIdError,
     UntrackedError,
 )
+from backend.core.native import ANY_PASID
 
 Prot = Access
 
 __all__ = [
+    "ANY_PASID",
     "RW",
     "Access",
     "BadValueError",

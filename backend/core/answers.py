@@ -79,6 +79,8 @@ class Fault:
     reason: Reason
     done: int
     """Bytes moved before the fault."""
+    pasid_table: bool = False
+    """It befell an entry of a PASID table: level (1: what describes an address space), gpa and entry are of that."""
     table: bool = False
     """It befell a table entry of stage 1 (its memory gone, or stage 2 not leading to it), and not the data."""
 

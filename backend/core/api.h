@@ -11,12 +11,15 @@
 
 /* pasid argument of a request that carries none */
 #define VIO_NO_PASID 0xffffffff
+/* pasid of a route that takes the requests of all PASIDs that have no route of their own */
+#define VIO_ANY_PASID 0xfffffffe
 
-/* Bounds, each with its reason where it is enforced (space.c, route.c, pool.c, iotlb.c). */
+/* Bounds, each with its reason where it is enforced (space.c, route.c, pool.c, iotlb.c, pasid.c). */
 #define VIO_MAX_SPACES 1048576
 #define VIO_MAX_ROUTES 65536
 #define VIO_MAX_TABLE_PAGES 262144
 #define VIO_MAX_IOTLB 1048576
+#define VIO_MAX_PASIDS 65536
 #define VIO_FAULT_RING 1024
 
 /* Why a request was answered with a fault: one table for every format. */
@@ -101,6 +104,18 @@ typedef struct {
     uint32_t flags;       /* VIO_TABLE_* */
 } vio_table;
 
+/* A PASID table of the guest's, and how it is to be read. What a kind has no use for is 0. */
+typedef struct {
+    uint64_t root;          /* GPA of the root table, or of the directory */
+    uint32_t levels;        /* AMD: GLX + 1; RISC-V: 1 PD8, 2 PD17, 3 PD20; Arm: 1 linear, 2; VT-d: 0 or 2 */
+    uint32_t pasid_bits;    /* VT-d: PDTS + 13, but 20 at most, 0: 20; Arm: S1CDMax */
+    uint32_t leaf_bits;     /* Arm, 2 levels: log2 of the descriptors in a lower table, 6 (4 KiB) or 10 (64 KiB) */
+    uint32_t table_levels;  /* AMD: levels of the guest tables, 4 or 5 (GuestPagingMode), 0: 4 */
+    uint32_t output_bits;   /* width of GPAs: VT-d HAW, 0: 52; Arm OAS, 0: 48; AMD, 0: as the format */
+    uint32_t flags;         /* VIO_TABLE_* of all tables found, beside what the PASID table says */
+    uint32_t default_pasid; /* of requests that carry none; VIO_NO_PASID: they are blocked */
+} vio_pasid_table;
+
 typedef struct vio_engine vio_engine;
 
 typedef struct {
@@ -116,6 +131,7 @@ typedef struct {
     uint8_t level;
     uint8_t reason;
     uint8_t has_gpa;
+    uint8_t pasid_table; /* at an entry of a PASID table */
     uint8_t table;    /* stage 2 (or memory gone): at an entry of a stage-1 table, not at the data */
 } vio_fault;
 
@@ -162,6 +178,11 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_ta
 int vio_space_unbind(vio_engine *engine, uint32_t ioasid);
 int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last);
 int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counters *out);
+
+/* pasid.c */
+int vio_pasid_format_find(const char *name);
+int vio_pasid_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_pasid_table *options);
+int vio_pasid_invalidate(vio_engine *engine, uint32_t ioasid, uint32_t pasid, uint64_t first, uint64_t last);
 
 /* dirty.c: bit i of the bitmap, zeroed by the caller, stands for the 2^page_lg2 bytes from iova + i * 2^page_lg2 */
 int vio_dirty_set(vio_engine *engine, uint32_t ioasid, int on);

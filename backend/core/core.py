@@ -11,7 +11,7 @@ from typing import Any
 
 from backend.core._native import ffi, lib
 from backend.core.answers import RW, Access, Counters, RouteCounters, SpaceCounters
-from backend.core.errors import BadValueError
+from backend.core.errors import BadValueError, UnknownIdError
 from backend.core.native import LAST_ADDRESS, MAX_IOASID
 from backend.core.native import address as _address
 from backend.core.native import check as _check
@@ -19,6 +19,7 @@ from backend.core.native import format_of as _format
 from backend.core.native import ioasid_of as _id
 from backend.core.native import number as _number
 from backend.core.native import pasid_of as _pasid
+from backend.core.native import route_pasid as _route_pasid
 from backend.core.native import small as _small
 from backend.core.requests import Requests
 
@@ -182,16 +183,65 @@ class Core(Requests):
         """Take a nested space's table away. Raises: UnknownIdError, KindError."""
         _check(lib.vio_space_unbind(self._engine, _id(ioasid)), ioasid)
 
-    def invalidate(self, ioasid: int, iova: int = 0, size: int | None = None) -> None:
+    def bind_pasid_table(
+        self,
+        ioasid: int,
+        *,
+        fmt: str,
+        root: int,
+        levels: int = 0,
+        pasid_bits: int = 0,
+        leaf_bits: int = 0,
+        table_levels: int = 0,
+        output_bits: int = 0,
+        flags: int = 0,
+        default_pasid: int | None = None,
+    ) -> None:
+        """Let requests to a nested space be translated by the table of their PASID, found in a PASID table at `root`.
+
+        Replaces a table or PASID table bound before. What was found is used again until the space or the PASID is
+        invalidated, or the parent changes. Attach the space as (rid, ANY_PASID) for all PASIDs of a device.
+
+        Args:
+            fmt: "amd-gcr3", "vtd-pasid" (directory and tables), "arm-cd" (context descriptors), "riscv-pdt".
+            root: GPA of the root table or directory.
+            levels: AMD 1 to 3 (GLX + 1); RISC-V 1 to 3 (PD8, PD17, PD20); Arm 1 (linear) or 2.
+            pasid_bits: Arm: S1CDMax; VT-d: 13 to 20 (PDTS + 13), by default 20.
+            leaf_bits: Arm with 2 levels: 6 or 10, log2 of the descriptors in a lower table.
+            table_levels: AMD: levels of the guest's tables, 4 (default) or 5.
+            output_bits: width of the addresses in the tables: VT-d 52 by default, Arm 48 (OAS).
+            flags: options of all tables found, beside what the PASID table itself says of each.
+            default_pasid: PASID of requests that carry none; None: they are answered by a BLOCKED fault.
+
+        Raises: BadValueError, UnknownIdError, KindError (host-managed space, or no such format over the parent's).
+        """
+        table = ffi.new("vio_pasid_table *")
+        table.root = _address(root, "root")
+        table.levels, table.pasid_bits, table.leaf_bits = _small(levels), _small(pasid_bits), _small(leaf_bits)
+        table.table_levels, table.output_bits = _small(table_levels), _small(output_bits)
+        table.flags, table.default_pasid = flags, _pasid(default_pasid)
+        number = lib.vio_pasid_format_find(fmt.encode())
+        if number < 0:
+            raise UnknownIdError(f"no kind of PASID table is named {fmt!r}")
+        _check(lib.vio_pasid_bind(self._engine, _id(ioasid), number, table), ioasid)
+
+    def invalidate(self, ioasid: int, iova: int = 0, size: int | None = None, *, pasid: int | None = None) -> None:
         """Forget what the IOTLB holds of [iova, iova + size) of one space, at least; size None: to the end.
 
-        A size that reaches beyond 2^64 is cut there. Raises: UnknownIdError, BadValueError (size 0).
+        A size that reaches beyond 2^64 is cut there. Where a PASID table is bound: of one PASID, or of all; without
+        iova and size, what the PASID table said is forgotten, too.
+
+        Raises: UnknownIdError, BadValueError (size 0), KindError (a PASID, and no PASID table is bound).
         """
         first = _address(iova, "iova")
         last = LAST_ADDRESS if size is None else min(first + size - 1, LAST_ADDRESS)
         if last < first:
             raise BadValueError("an invalidation needs a size of one byte or more", ioasid=ioasid, iova=iova, size=size)
-        _check(lib.vio_space_invalidate(self._engine, _id(ioasid), first, last), ioasid, iova, size)
+        if pasid is None:
+            status = lib.vio_space_invalidate(self._engine, _id(ioasid), first, last)
+        else:
+            status = lib.vio_pasid_invalidate(self._engine, _id(ioasid), _pasid(pasid), first, last)
+        _check(status, ioasid, iova, size)
 
     def invalidate_all(self) -> None:
         """Forget all that the IOTLB holds; the cost does not depend on how much that is."""
@@ -209,17 +259,20 @@ class Core(Requests):
     def attach(self, rid: int, pasid: int | None, ioasid: int, *, access: Access = RW) -> None:
         """Lead requests of (rid, pasid) to a space; `access` bounds what they may do (AMD: DTE IR, IW).
 
-        Replaces where they led before. Raises: UnknownIdError, BadValueError, LimitError (2^16 routes).
+        ANY_PASID leads the requests with a PASID for which there is no route of its own. Replaces where they led
+        before. Raises: UnknownIdError, BadValueError, LimitError (2^16 routes).
         """
-        _check(lib.vio_route_attach(self._engine, _small(rid), _pasid(pasid), _id(ioasid), _small(access)), ioasid)
+        _check(
+            lib.vio_route_attach(self._engine, _small(rid), _route_pasid(pasid), _id(ioasid), _small(access)), ioasid
+        )
 
     def block(self, rid: int, pasid: int | None) -> None:
         """Answer requests of (rid, pasid) by a BLOCKED fault, until attach or detach. Raises: LimitError."""
-        _check(lib.vio_route_block(self._engine, _small(rid), _pasid(pasid)))
+        _check(lib.vio_route_block(self._engine, _small(rid), _route_pasid(pasid)))
 
     def detach(self, rid: int, pasid: int | None) -> None:
         """Forget where requests of (rid, pasid) go, or that they are blocked. Raises: UnknownIdError."""
-        _check(lib.vio_route_detach(self._engine, _small(rid), _pasid(pasid)))
+        _check(lib.vio_route_detach(self._engine, _small(rid), _route_pasid(pasid)))
 
     # Counters
 
@@ -238,5 +291,5 @@ class Core(Requests):
     def route_counters(self, rid: int, pasid: int | None = None) -> RouteCounters:
         """Return what a route counted since it was first attached. Raises: UnknownIdError if it never was."""
         out = ffi.new("vio_route_counters *")
-        _check(lib.vio_route_counters_get(self._engine, _small(rid), _pasid(pasid), out))
+        _check(lib.vio_route_counters_get(self._engine, _small(rid), _route_pasid(pasid), out))
         return RouteCounters(*(getattr(out, name) for name in RouteCounters.__slots__))

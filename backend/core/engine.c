@@ -47,6 +47,7 @@ void vio_engine_destroy(vio_engine *engine)
         if (!space)
             continue;
         dirty_free(space->dirty, &engine->pool);
+        pasid_table_free(engine, space->pasids);
         free(space); /* its table pages go with the pool */
     }
     for (size_t i = 0; i <= engine->routes.mask; i++)

@@ -19,6 +19,7 @@
 #include "guard.h"
 #include "index.h"
 #include "iotlb.h"
+#include "pasid.h"
 #include "pool.h"
 #include "vio.h"
 
@@ -37,6 +38,7 @@ struct walk {
     /* fault */
     unsigned stage, level;
     uint64_t fault_gpa, entry;
+    bool pasid_table;    /* at an entry of a PASID table */
     bool has_gpa, table; /* table: at an entry of stage 1, not at the data */
     /* stage-1 entry being read, should its memory be gone; level 0: none */
     volatile unsigned reading_level;
@@ -49,9 +51,11 @@ struct space {
     uint32_t ioasid;
     int format; /* enum pt_format_id */
     struct pt_config table;
-    walk_fn walk;         /* NULL: nested and not bound */
+    walk_fn walk;         /* NULL: nested and no table bound */
     struct space *parent; /* NULL: host-managed */
     uint32_t children, routes;
+    struct pasid_table *pasids; /* nested: requests are translated by the table of their PASID; NULL: by `table` */
+    struct space *bound;        /* what a PASID leads to: the space that its PASID table is bound to; else NULL */
     struct dirty *dirty; /* host-managed: pages written by DMA; NULL: not tracked */
 
     struct iotlb_scope scope;
@@ -74,6 +78,8 @@ struct route_list {
 
 #define RIDS 0x10000u
 
+struct pasid_space;
+
 struct vio_engine {
     struct gate gate;
     struct index spaces, routes;
@@ -81,6 +87,11 @@ struct vio_engine {
     struct route_list *of_rid;  /* of each RID: its routes that are not detached */
     struct iotlb iotlb;
     struct pool pool;
+    struct {
+        struct pasid_space *oldest, *newest;
+        size_t count;
+        uint64_t serial; /* of the PASID table bound last */
+    } pasids; /* that requests found */
     struct fault_ring faults;
     vio_counters counters;
 };
@@ -109,6 +120,9 @@ static inline struct space *space_find(struct vio_engine *engine, uint32_t ioasi
 {
     return index_find(&engine->spaces, ioasid);
 }
+
+/* space.c: is the table one of this format's? Fills in what its options leave at 0. `host`: a table of ours. */
+bool table_config_ok(int format, struct pt_config *config, bool host);
 
 static inline uint64_t route_key(uint32_t rid, uint32_t pasid)
 {

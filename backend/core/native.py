@@ -9,6 +9,8 @@ from backend.core.answers import Access, Fault, Reason
 from backend.core.errors import ERRORS, BadValueError, CoreError, UnknownIdError
 
 NO_PASID: int = lib.VIO_NO_PASID
+ANY_PASID: int = lib.VIO_ANY_PASID
+"""In place of a PASID where requests are led: all those of a device that have no route of their own."""
 LAST_ADDRESS = (1 << 64) - 1
 MAX_IOASID = (1 << 32) - 1
 
@@ -39,6 +41,7 @@ def fault_record(fault: Any) -> Fault:
         entry=fault.entry,
         reason=Reason(fault.reason),
         done=fault.done,
+        pasid_table=bool(fault.pasid_table),
         table=bool(fault.table),
     )
 
@@ -83,6 +86,11 @@ def small(value: int) -> int:
 
 def pasid_of(pasid: int | None) -> int:
     return NO_PASID if pasid is None else number(pasid, (1 << 20) - 1, "pasid")
+
+
+def route_pasid(pasid: int | None) -> int:
+    """Return the PASID of a route, which may be ANY_PASID."""
+    return ANY_PASID if pasid == ANY_PASID else pasid_of(pasid)
 
 
 def format_of(name: str) -> int:

@@ -1,6 +1,9 @@
 /* Requests: routes, walks, loss of memory, counters, faults; see request.h. */
 #include "request.h"
 
+/* How often a job reads a PASID table anew because what it read was invalidated before it could be used. */
+#define PASID_READS 16
+
 static __thread vio_fault last_fault;
 
 const vio_fault *vio_last_fault(void)
@@ -43,10 +46,20 @@ static unsigned route_rights(unsigned need)
     return (need & RW_BOTH) | (need & VIO_EXECUTE ? VIO_READ : 0);
 }
 
-/* Look the route up; 0, or why its requests go nowhere. */
+/* The route of a request: its PASID's own, else the one for any PASID of its device. */
+static struct route *route_of(const struct vio_engine *engine, const struct request *request)
+{
+    struct route *route = index_find(&engine->routes, route_key(request->rid, request->pasid));
+
+    if ((!route || (!route->space && !route->blocked)) && request->pasid != VIO_NO_PASID)
+        return index_find(&engine->routes, route_key(request->rid, VIO_ANY_PASID));
+    return route;
+}
+
+/* Look the route up; 0, PASID_UNREAD, or why its requests go nowhere. */
 static int find_route(struct job *job, struct request *request)
 {
-    struct route *route = index_find(&job->engine->routes, route_key(request->rid, request->pasid));
+    struct route *route = route_of(job->engine, request);
 
     job->at = request;
     request->begun = true;
@@ -60,6 +73,12 @@ static int find_route(struct job *job, struct request *request)
     request->permitted = route->access;
     if (route_rights(request->need) & ~request->permitted)
         return VIO_REASON_PERMISSION;
+    if (request->space->pasids) {
+        int reason = pasid_space(request->space, request->pasid, request->need, &request->walk, &request->space);
+
+        if (reason)
+            return reason;
+    }
     if (!request->space->walk)
         return VIO_REASON_NOT_BOUND;
     request->rights = (request->need & PT_RWX) << (request->need & VIO_PRIVILEGED ? PT_PRIVILEGED : 0);
@@ -130,7 +149,8 @@ static void account(const struct job *job, const struct request *request, bool f
         count(&counters->moved, request->moved);
     }
     if (request->space) {
-        vio_space_counters *counters = &request->space->counters;
+        struct space *space = request->space->bound ? request->space->bound : request->space;
+        vio_space_counters *counters = &space->counters;
 
         count(&counters->requests, 1);
         count(&counters->bytes, job->done);
@@ -158,25 +178,42 @@ static void tell_fault(struct job *job, int reason)
                              .level = (uint8_t)walk->level,
                              .reason = (uint8_t)reason,
                              .has_gpa = walk->has_gpa,
+                             .pasid_table = walk->pasid_table,
                              .table = walk->table};
     fault_ring_put(&job->engine->faults, &last_fault);
 }
 
+static int run_pasid_read(struct guard *guard, void *context)
+{
+    struct job *job = context;
+    struct request *request = job->at;
+
+    return pasid_read(request->space, request->pasid, guard, &request->walk, &job->found);
+}
+
 int job_run(struct job *job, job_body body)
 {
+    unsigned reads = 0;
     int reason;
 
     job->budget = JOB_BUDGET;
     for (;;) {
+        bool unread;
+
         gate_pass(&job->engine->gate);
         reason = find_route(job, &job->request);
         if (!reason && job->second)
             reason = find_route(job, job->second);
-        if (!reason)
+        unread = reason == PASID_UNREAD;
+        if (unread)
+            reason = reads++ < PASID_READS ? run_guarded(job, run_pasid_read) : VIO_REASON_ENTRY_CHANGED;
+        else if (!reason)
             reason = run_guarded(job, body);
-        if (reason != JOB_PAUSED)
+        if (reason != JOB_PAUSED && !(unread && !reason))
             break;
         gate_leave(&job->engine->gate);
+        if (unread && (reason = pasid_keep(job->engine, &job->found)))
+            return reason;
     }
     account(job, &job->request, reason > 0 && job->at == &job->request);
     if (job->second && job->second->begun)

@@ -72,7 +72,7 @@ static int route_take(struct vio_engine *engine, uint32_t rid, uint32_t pasid, s
 
 static bool identity_ok(uint32_t rid, uint32_t pasid)
 {
-    return rid <= 0xffff && (pasid == VIO_NO_PASID || pasid <= 0xfffff);
+    return rid <= 0xffff && (pasid == VIO_NO_PASID || pasid == VIO_ANY_PASID || pasid <= 0xfffff);
 }
 
 int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t ioasid, uint32_t access)

@@ -34,7 +34,7 @@ static void space_remove(struct vio_engine *engine, struct space *space)
     free(space);
 }
 
-static bool config_ok(int format, struct pt_config *config, bool host)
+bool table_config_ok(int format, struct pt_config *config, bool host)
 {
     const struct pt_format *f = pt_formats[format];
     vio_table *table = &config->table;
@@ -59,7 +59,7 @@ int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, const
 
     if (format < 0 || format >= PT_FORMATS || !walk_host(format))
         return VIO_ERR_KIND;
-    if (!config_ok(format, &config, true))
+    if (!table_config_ok(format, &config, true))
         return VIO_ERR_VALUE;
     engine_change_begin(engine);
     status = space_add(engine, ioasid, &space);
@@ -108,6 +108,7 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
         if (!status) {
             if (space->parent) {
                 space->parent->children--;
+                pasid_table_free(engine, space->pasids);
             } else {
                 host_table_destroy(&engine->pool, space->format, &space->table);
                 dirty_free(space->dirty, &engine->pool);
@@ -201,7 +202,7 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_ta
 
     if (format < 0 || format >= PT_FORMATS)
         return VIO_ERR_KIND;
-    if (!config_ok(format, &config, false))
+    if (!table_config_ok(format, &config, false))
         return VIO_ERR_VALUE;
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
@@ -213,6 +214,8 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_ta
             space->format = format;
             space->table = config;
             space->walk = walk;
+            pasid_table_free(engine, space->pasids);
+            space->pasids = NULL;
             iotlb_forget(&engine->iotlb, &space->scope);
         }
     }
@@ -231,6 +234,8 @@ int vio_space_unbind(vio_engine *engine, uint32_t ioasid)
         status = space->parent ? VIO_OK : VIO_ERR_KIND;
         if (!status) {
             space->walk = NULL;
+            pasid_table_free(engine, space->pasids);
+            space->pasids = NULL;
             iotlb_forget(&engine->iotlb, &space->scope);
         }
     }
@@ -250,6 +255,8 @@ int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, ui
     if (space) {
         status = VIO_OK;
         iotlb_forget_range(&engine->iotlb, &space->scope, first, last);
+        if (space->pasids)
+            iotlb_forget_below(&engine->iotlb, &space->scope);
     }
     engine_change_end(engine);
     return status;
