@@ -6,23 +6,18 @@
  * A host-managed space must answer exactly. A child must answer by what its table says, or said after the page's last
  * invalidation; through a page that stage 2 maps now in either case.
  */
-#include "harness.h"
+#include "mappings.h"
 
 #define HOST 1u
 #define CHILDREN 3u
 #define VOID (8ull << 30)  /* host addresses with nothing behind them: for large leaves */
-#define MAX_RUNS 96u
+#define MAX_DIRTY 64u
 #define UNITS 8u           /* pages of the guest, in the leaf size of the child's format */
 #define SLOT (1u << 16)    /* of a table: the largest there is */
 #define ROOT (16 * SLOT)   /* of a root: as many joined as there can be */
 #define DATA (8u << 20)    /* offset of the guest's pages in memory; tables below */
 #define RAM (2 * DATA)
 #define NOWHERE UNITS
-
-struct run { /* one mapping of stage 2, or what an unmap has left of one */
-    uint64_t first, last, hva;
-    unsigned access;
-};
 
 struct child {
     struct tables tables;
@@ -39,67 +34,17 @@ struct child {
 struct model {
     vio_engine *engine;
     struct tables host;
-    unsigned runs;
-    struct run run[MAX_RUNS];
+    struct mappings mapped;
     struct child child[CHILDREN];
+    bool tracked;              /* what requests write */
+    unsigned dirties;
+    uint64_t dirty[MAX_DIRTY]; /* pages of 4 KiB, by GPA */
     unsigned route[CHILDREN + 1], route_access[CHILDREN + 1]; /* by RID: 0 none, 1 host, 2.. child; 99 blocked */
 };
 
 static uint8_t *ram, *empty;
 
 /* Stage 2 */
-
-static struct run *run_at(struct model *m, uint64_t gpa)
-{
-    for (unsigned i = 0; i < m->runs; i++)
-        if (gpa >= m->run[i].first && gpa <= m->run[i].last)
-            return &m->run[i];
-    return NULL;
-}
-
-static bool overlaps(struct model *m, uint64_t first, uint64_t last)
-{
-    for (unsigned i = 0; i < m->runs; i++)
-        if (first <= m->run[i].last && last >= m->run[i].first)
-            return true;
-    return false;
-}
-
-static bool all_mapped(struct model *m, uint64_t first, uint64_t last)
-{
-    for (;;) {
-        struct run *run = run_at(m, first);
-
-        if (!run)
-            return false;
-        if (run->last >= last)
-            return true;
-        first = run->last + 1;
-    }
-}
-
-static void add_run(struct model *m, struct run run)
-{
-    HOLDS(m->runs < MAX_RUNS);
-    m->run[m->runs++] = run;
-}
-
-static void take_out(struct model *m, uint64_t first, uint64_t last)
-{
-    for (unsigned i = 0; i < m->runs;) {
-        struct run run = m->run[i];
-
-        if (first > run.last || last < run.first) {
-            i++;
-            continue;
-        }
-        m->run[i] = m->run[--m->runs];
-        if (run.first < first)
-            add_run(m, (struct run){run.first, first - 1, run.hva, run.access});
-        if (run.last > last)
-            add_run(m, (struct run){last + 1, run.last, run.hva + (last + 1 - run.first), run.access});
-    }
-}
 
 /* A range of stage 2 by pages, 2 MiB or 1 GiB; where it lies matters more than that it is large. */
 static void take_range(struct input *in, uint64_t *gpa, uint64_t *size)
@@ -122,11 +67,17 @@ static void take_range(struct input *in, uint64_t *gpa, uint64_t *size)
         *gpa |= take(in, 1);
 }
 
+/* Can a leaf of stage 2 permit this? */
+static bool access_ok(const struct model *m, unsigned access)
+{
+    return access & VIO_READ || (access && pt_formats[m->host.format]->write_only);
+}
+
 static bool range_ok(const struct model *m, uint64_t gpa, uint64_t size)
 {
-    uint64_t last = gpa + size - 1;
+    uint64_t last = gpa + size - 1, page = (1ull << m->host.config.table.tree.granule) - 1;
 
-    return size && !((gpa | size) % PAGE) && last >= gpa && last <= m->host.config.last;
+    return size && !((gpa | size) & page) && last >= gpa && last <= m->host.config.last;
 }
 
 static void map(struct model *m, struct input *in)
@@ -146,16 +97,16 @@ static void map(struct model *m, struct input *in)
         if (((gpa ^ hva) & ((1u << 21) - 1)) && size > 4u << 20) /* pages of it would fill many tables */
             size = 4u << 20;
     }
-    if (m->runs > MAX_RUNS - 4)
+    if (m->mapped.runs > MAX_RUNS - 4)
         return;
-    if (!range_ok(m, gpa, size) || size > (1ull << 47) - hva) /* the half of the address space that is a process's */
+    if (!range_ok(m, gpa, size) || !access_ok(m, access) || hva & ((1ull << m->host.config.table.tree.granule) - 1) || size > (1ull << 47) - hva) /* the half of the address space that is a process's */
         expected = VIO_ERR_VALUE;
-    else if (overlaps(m, gpa, gpa + size - 1))
+    else if (overlaps(&m->mapped, gpa, gpa + size - 1))
         expected = VIO_ERR_OVERLAP;
     status = vio_space_map(m->engine, HOST, gpa, hva, size, access);
     HOLDS(status == expected);
     if (!status)
-        add_run(m, (struct run){gpa, gpa + size - 1, hva, access});
+        add_run(&m->mapped, (struct run){gpa, gpa + size - 1, hva, access});
 }
 
 static void unmap(struct model *m, struct input *in)
@@ -164,56 +115,42 @@ static void unmap(struct model *m, struct input *in)
     int status, expected = VIO_OK;
 
     take_range(in, &gpa, &size);
-    if (m->runs > MAX_RUNS - 4 && m->runs) {
-        gpa = m->run[0].first;
-        size = m->run[0].last - gpa + 1;
+    if (m->mapped.runs > MAX_RUNS - 4 && m->mapped.runs) {
+        gpa = m->mapped.run[0].first;
+        size = m->mapped.run[0].last - gpa + 1;
     }
     if (!range_ok(m, gpa, size))
         expected = VIO_ERR_VALUE;
-    else if (!all_mapped(m, gpa, gpa + size - 1))
+    else if (!all_mapped(&m->mapped, gpa, gpa + size - 1))
         expected = VIO_ERR_NOT_MAPPED;
     status = vio_space_unmap(m->engine, HOST, gpa, size);
     HOLDS(status == expected);
     if (!status)
-        take_out(m, gpa, gpa + size - 1);
+        take_out(&m->mapped, gpa, gpa + size - 1);
 }
 
 static void protect(struct model *m, struct input *in)
 {
     uint64_t gpa, size, choice = take(in, 1), last;
-    unsigned access = choice & 7, before;
+    unsigned access = choice & 7;
     int status, expected = VIO_OK;
 
     take_range(in, &gpa, &size);
-    if (m->runs > MAX_RUNS / 2)
+    if (m->mapped.runs > MAX_RUNS / 2)
         return;
-    if (choice & 8 && m->runs) {
-        gpa = m->run[(choice >> 4) % m->runs].first;
+    if (choice & 8 && m->mapped.runs) {
+        gpa = m->mapped.run[(choice >> 4) % m->mapped.runs].first;
         size = PAGE;
     }
     last = gpa + (size - 1);
-    if (!range_ok(m, gpa, size) || !access || access & ~(unsigned)RW_BOTH)
+    if (!range_ok(m, gpa, size) || !access_ok(m, access) || access & ~(unsigned)RW_BOTH)
         expected = VIO_ERR_VALUE;
-    else if (!all_mapped(m, gpa, last))
+    else if (!all_mapped(&m->mapped, gpa, last))
         expected = VIO_ERR_NOT_MAPPED;
     status = vio_space_protect(m->engine, HOST, gpa, size, access);
     HOLDS(status == expected);
-    before = m->runs;
-    for (unsigned i = 0; i < before && !status; i++) { /* its parts within the range become runs of their own */
-        struct run run = m->run[i], part = run;
-
-        if (gpa > run.last || last < run.first)
-            continue;
-        part.first = gpa > run.first ? gpa : run.first;
-        part.last = last < run.last ? last : run.last;
-        part.hva += part.first - run.first;
-        part.access = access;
-        m->run[i] = part;
-        if (run.first < part.first)
-            add_run(m, (struct run){run.first, part.first - 1, run.hva, run.access});
-        if (run.last > part.last)
-            add_run(m, (struct run){part.last + 1, run.last, run.hva + (part.last + 1 - run.first), run.access});
-    }
+    if (!status)
+        give_access(&m->mapped, gpa, last, access);
 }
 
 /* The guest's tables: one chain down to a last table that holds its pages */
@@ -323,6 +260,71 @@ static void invalidate(struct model *m, struct input *in)
         forget(c, first, last);
 }
 
+/* Dirty tracking */
+
+static void note_dirty(struct model *m, uint64_t gpa)
+{
+    for (unsigned i = 0; i < m->dirties; i++)
+        if (m->dirty[i] == gpa / PAGE)
+            return;
+    HOLDS(m->dirties < MAX_DIRTY);
+    m->dirty[m->dirties++] = gpa / PAGE;
+}
+
+/* Every page that a request wrote is in the answer, and no other; pages of the guest's tables may be. */
+static void read_dirty(struct model *m, struct input *in, bool all)
+{
+    static uint8_t bitmap[DATA];
+    uint64_t gpa = 0, size = 2 * DATA, choice = take(in, 1), bits;
+    unsigned lg2 = 12 + (unsigned)(choice & 15), expected = 0, found = 0;
+    bool clear = all || choice & 16;
+
+    if (!all)
+        take_range(in, &gpa, &size);
+    if (gpa + size < gpa || size >> lg2 > sizeof bitmap * 8)
+        return;
+    bits = size >> lg2;
+    memset(bitmap, 0, bits / 8 + 1);
+    if ((gpa | size) & ((1ull << lg2) - 1) || !size) {
+        HOLDS(vio_dirty_read(m->engine, HOST, gpa, size, lg2, clear, bitmap) == VIO_ERR_VALUE);
+        return;
+    }
+    HOLDS(vio_dirty_read(m->engine, HOST, gpa, size, lg2, clear, bitmap) == (m->tracked ? VIO_OK : VIO_ERR_UNTRACKED));
+    for (unsigned i = 0; i < m->dirties; i++) {
+        uint64_t bit = (m->dirty[i] * PAGE - gpa) >> lg2;
+        bool first = true;
+
+        if (m->dirty[i] * PAGE < gpa || bit >= bits)
+            continue;
+        HOLDS(bitmap[bit / 8] >> bit % 8 & 1);
+        for (unsigned j = 0; j < i; j++)
+            first &= m->dirty[j] * PAGE < gpa || (m->dirty[j] * PAGE - gpa) >> lg2 != bit;
+        expected += first;
+    }
+    for (uint64_t bit = gpa < DATA ? (DATA - gpa + (1ull << lg2) - 1) >> lg2 : 0; bit < bits; bit++)
+        found += bitmap[bit / 8] >> bit % 8 & 1;
+    HOLDS(found <= expected);
+    for (unsigned i = 0; clear && i < m->dirties;)
+        if (m->dirty[i] * PAGE >= gpa && m->dirty[i] * PAGE - gpa < size)
+            m->dirty[i] = m->dirty[--m->dirties];
+        else
+            i++;
+}
+
+static void track(struct model *m, struct input *in)
+{
+    uint64_t choice = take(in, 1);
+
+    if (choice & 6) {
+        read_dirty(m, in, false);
+        return;
+    }
+    HOLDS(!vio_dirty_set(m->engine, HOST, choice & 1));
+    m->tracked = choice & 1;
+    if (!m->tracked)
+        m->dirties = 0;
+}
+
 /* Requests */
 
 static void attach(struct model *m, struct input *in)
@@ -347,7 +349,7 @@ static void attach(struct model *m, struct input *in)
 /* What stage 2 says of an access to a GPA: 0 or the reason. */
 static int stage2_says(struct model *m, uint64_t gpa, unsigned need)
 {
-    struct run *run = run_at(m, gpa);
+    struct run *run = run_at(&m->mapped, gpa);
 
     if (gpa > m->host.config.last)
         return VIO_REASON_ADDRESS_WIDTH;
@@ -358,7 +360,7 @@ static int stage2_says(struct model *m, uint64_t gpa, unsigned need)
 
 static void check_size(struct model *m, const vio_translation *found)
 {
-    struct run *run = run_at(m, found->gpa);
+    struct run *run = run_at(&m->mapped, found->gpa);
 
     HOLDS(run && found->hva == run->hva + (found->gpa - run->first));
     HOLDS(found->size && found->gpa + (found->size - 1) <= run->last && found->gpa + (found->size - 1) >= found->gpa);
@@ -369,7 +371,7 @@ static bool on_chain(struct model *m, const struct child *c)
 {
     for (unsigned level = 1; level <= c->levels; level++) {
         uint64_t gpa = table_gpa(c, level) + entry_offset(&c->tables, c->iova, level);
-        struct run *run = run_at(m, gpa);
+        struct run *run = run_at(&m->mapped, gpa);
 
         if (!run || !(run->access & VIO_READ) || run->hva + (gpa - run->first) != (uintptr_t)ram + gpa ||
             !(run->access & VIO_WRITE))
@@ -405,10 +407,75 @@ static void check_child(struct model *m, const struct child *c, uint64_t iova, u
     }
 }
 
+static uint64_t word_at(uint64_t hva)
+{
+    uint64_t word;
+
+    memcpy(&word, (void *)(uintptr_t)hva, sizeof word);
+    return word;
+}
+
+/* Through a translation just found, one word moves: what is read stands there, what is written stands there then. */
+static void move(struct model *m, struct input *in, uint32_t rid, uint64_t iova, unsigned need,
+                 const vio_translation *found)
+{
+    uint64_t hva = found->hva & ~7ull, kind = take(in, 1), word = 0, operand[2] = {kind << 56 | 7}, before[2];
+    vio_engine *engine = m->engine;
+
+    if (hva - (uintptr_t)ram >= RAM) { /* nothing there: a fault, and none but for that */
+        if (need == VIO_READ)
+            HOLDS(vio_dma(engine, rid, VIO_NO_PASID, iova, &word, sizeof word, 0) == VIO_FAULT &&
+                  vio_last_fault()->reason == VIO_REASON_MEMORY_GONE && !vio_last_fault()->done);
+        return;
+    }
+    if (need & VIO_READ) {
+        HOLDS(!vio_dma(engine, rid, VIO_NO_PASID, iova, &word, sizeof word, 0) && word == word_at(hva));
+        HOLDS(!vio_load(engine, rid, VIO_NO_PASID, iova, 8, &before[0]) && before[0] == word);
+    }
+    if (!(need & VIO_WRITE) || hva - (uintptr_t)ram < DATA) /* writes go to the guest's pages, not to its tables */
+        return;
+    if (m->dirties == MAX_DIRTY)
+        read_dirty(m, in, true);
+    if (m->dirties == MAX_DIRTY)
+        return;
+    if (m->tracked)
+        note_dirty(m, found->gpa);
+    word = word_at(hva);
+    switch (kind & 7) {
+    case 0:
+        HOLDS(!vio_dma_fill(engine, rid, VIO_NO_PASID, iova, 8, 0x5a5a0000 + kind, 8));
+        HOLDS(word_at(hva) == 0x5a5a0000 + kind);
+        break;
+    case 1:
+        HOLDS(!vio_store(engine, rid, VIO_NO_PASID, iova, kind, 8) && word_at(hva) == kind);
+        break;
+    case 2:
+    case 3:
+        if (need != RW_BOTH)
+            HOLDS(!vio_store(engine, rid, VIO_NO_PASID, iova, kind, 8));
+        else if (kind & 1)
+            HOLDS(!vio_atomic(engine, rid, VIO_NO_PASID, iova, VIO_ATOMIC_ADD, 8, operand, before, before) &&
+                  before[0] == word && word_at(hva) == word + operand[0]);
+        else
+            HOLDS(!vio_atomic(engine, rid, VIO_NO_PASID, iova, VIO_ATOMIC_CAS, 8, operand, (uint64_t[2]){word},
+                              before) &&
+                  before[0] == word && word_at(hva) == operand[0]);
+        break;
+    case 4:
+        if (need == RW_BOTH)
+            HOLDS(!vio_dma_copy(engine, rid, VIO_NO_PASID, iova, rid, VIO_NO_PASID, iova, 8) && word_at(hva) == word);
+        break;
+    default:
+        word ^= 0x0123456789abcdef;
+        HOLDS(!vio_dma(engine, rid, VIO_NO_PASID, iova, &word, sizeof word, 1) && word_at(hva) == word);
+        break;
+    }
+}
+
 static void request(struct model *m, struct input *in)
 {
     uint32_t rid = (uint32_t)take(in, 1) % (CHILDREN + 1);
-    uint64_t choice = take(in, 1), place = take(in, 1), iova, word = 0, size;
+    uint64_t choice = take(in, 1), place = take(in, 1), iova, size;
     unsigned need = 1 + (unsigned)(choice & 3) % 3, target = m->route[rid];
     struct child *c = target >= 2 && target < 99 ? &m->child[target - 2] : NULL;
     vio_translation found;
@@ -416,8 +483,8 @@ static void request(struct model *m, struct input *in)
 
     if (c && c->bound && choice & 8)
         iova = c->iova + (place % UNITS << c->unit_lg2) + (choice & 4 ? place << 3 : 0);
-    else if (m->runs && choice & 16)
-        iova = m->run[place % m->runs].first + take(in, 2);
+    else if (m->mapped.runs && choice & 16)
+        iova = m->mapped.run[place % m->mapped.runs].first + take(in, 2);
     else
         take_range(in, &iova, &size);
     status = vio_translate(m->engine, rid, VIO_NO_PASID, iova, need, &found);
@@ -435,23 +502,7 @@ static void request(struct model *m, struct input *in)
     if (status)
         return;
     check_size(m, &found);
-    if (choice & 32) /* through tables it would change them: the guest's pages only */
-        return;
-    status = vio_dma(m->engine, rid, VIO_NO_PASID, iova & ~7ull, &word, sizeof word, 0);
-    if (need & VIO_READ && found.hva - (uintptr_t)ram < RAM) {
-        uint64_t there;
-
-        memcpy(&there, (void *)(uintptr_t)(found.hva & ~7ull), sizeof there);
-        HOLDS(!status && word == there);
-    }
-    if (need & VIO_WRITE && found.hva - (uintptr_t)ram - DATA < DATA) {
-        uint64_t there;
-
-        word ^= 0x0123456789abcdef;
-        HOLDS(!vio_dma(m->engine, rid, VIO_NO_PASID, iova & ~7ull, &word, sizeof word, 1));
-        memcpy(&there, (void *)(uintptr_t)(found.hva & ~7ull), sizeof there);
-        HOLDS(word == there);
-    }
+    move(m, in, rid, iova & ~7ull, need, &found);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -479,10 +530,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         case 6: invalidate(&m, &in); break;
         case 7: attach(&m, &in); break;
         case 9: protect(&m, &in); break;
+        case 10: track(&m, &in); break;
         case 8: /* all of memory where it is expected, as a guest has it */
-            if (!overlaps(&m, 0, RAM - 1) && range_ok(&m, 0, RAM) && m.runs < MAX_RUNS) {
+            if (!overlaps(&m.mapped, 0, RAM - 1) && range_ok(&m, 0, RAM) && m.mapped.runs < MAX_RUNS) {
                 HOLDS(!vio_space_map(m.engine, HOST, 0, (uintptr_t)ram, RAM, RW_BOTH));
-                add_run(&m, (struct run){0, RAM - 1, (uintptr_t)ram, RW_BOTH});
+                add_run(&m.mapped, (struct run){0, RAM - 1, (uintptr_t)ram, RW_BOTH});
             }
             break;
         default: request(&m, &in); break;
