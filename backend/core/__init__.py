@@ -9,6 +9,7 @@ from backend.core.answers import (
     RouteCounters,
     SpaceCounters,
     Translation,
+    Translations,
 )
 from backend.core.core import Core
 from backend.core.errors import (
@@ -26,7 +27,9 @@ from backend.core.errors import (
     UnknownIdError,
     UntrackedError,
 )
+from backend.core.memory import PlainMemory
 from backend.core.native import ANY_PASID
+from backend.core.tables import TableBuilder
 
 Prot = Access
 
@@ -48,11 +51,14 @@ __all__ = [
     "NoMemoryError",
     "NotMappedError",
     "OverlapError",
+    "PlainMemory",
     "Prot",
     "Reason",
     "RouteCounters",
     "SpaceCounters",
+    "TableBuilder",
     "Translation",
+    "Translations",
     "UnknownIdError",
     "UntrackedError",
 ]

@@ -98,6 +98,21 @@ class Translation:
 
 
 @dataclass(frozen=True, slots=True)
+class Translations:
+    """What `Core.translate_many` found: four arrays as long as the IOVAs asked for, each a buffer (numpy.asarray)."""
+
+    hva: memoryview
+    """64 bits each; 0 where the reason is not 0. So are gpa and size, which mean what they mean in a Translation."""
+    gpa: memoryview
+    size: memoryview
+    reason: memoryview
+    """8 bits each: 0, or the Reason of the fault."""
+
+    def __len__(self) -> int:
+        return len(self.reason)
+
+
+@dataclass(frozen=True, slots=True)
 class Counters:
     """Totals of a core since its creation, and what it holds now."""
 

@@ -213,6 +213,22 @@ int vio_load(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, ui
 int vio_atomic(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, int operation, uint32_t width,
                const uint64_t *operand, const uint64_t *compare, uint64_t *before);
 
+/* batch.c: one answer an IOVA; reasons[i] is 0 and the rest holds, or the reason of its fault and the rest is 0. */
+int vio_translate_many(vio_engine *engine, uint32_t rid, uint32_t pasid, const uint64_t *iovas, uint64_t count,
+                       uint32_t access, uint64_t *hvas, uint64_t *gpas, uint64_t *sizes, uint8_t *reasons);
+
+/*
+ * guest_table.c: a table in memory whose GPA 0 lies at `memory`, its tables in GPAs [first, first + size). What is mapped
+ * is a GPA; access is of VIO_READ, VIO_WRITE, VIO_EXECUTE. `get` tells what to bind.
+ */
+typedef struct vio_guest_table vio_guest_table;
+int vio_guest_table_create(int format, const vio_table *table, void *memory, uint64_t first, uint64_t size,
+                           vio_guest_table **out);
+void vio_guest_table_destroy(vio_guest_table *table);
+void vio_guest_table_get(vio_guest_table *table, vio_table *out);
+int vio_guest_table_map(vio_guest_table *table, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t access);
+int vio_guest_table_unmap(vio_guest_table *table, uint64_t iova, uint64_t size);
+
 /* request.c: of this thread's last request that was answered by VIO_FAULT. */
 const vio_fault *vio_last_fault(void);
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from backend.core._native import ffi, lib
-from backend.core.answers import Access, Fault, Translation
+from backend.core.answers import Access, Fault, Translation, Translations
 from backend.core.errors import BadValueError, ClosedError
-from backend.core.native import LAST_ADDRESS, beyond, fault_of, fault_record, pasid_of, small
+from backend.core.native import LAST_ADDRESS, beyond, check, fault_of, fault_record, pasid_of, small
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -41,6 +41,36 @@ class Requests:
         if status:
             return fault_of(status)
         return Translation(out.hva, out.size, out.gpa, Access(out.access))
+
+    def translate_many(
+        self, rid: int, iovas: ReadableBuffer, access: Access, *, pasid: int | None = None
+    ) -> Translations:
+        """Translate many IOVAs in one call, each as a request of its own.
+
+        Args:
+            iovas: unsigned 64-bit numbers in a row: array("Q"), a numpy array of uint64, or their bytes.
+
+        Raises: BadValueError (a buffer of something else, access).
+        """
+        with memoryview(iovas) as view:
+            kind = (view.format.lstrip("@=<"), view.itemsize)
+            if kind not in {("Q", 8), ("L", 8), ("B", 1)} or view.nbytes % 8 or not view.c_contiguous:
+                raise BadValueError(f"IOVAs are unsigned 64-bit numbers in a row, not a buffer of {view.format!r}")
+            count = view.nbytes // 8
+            hva, gpa, size = (memoryview(bytearray(8 * count)).cast("Q") for _ in range(3))
+            reasons = memoryview(bytearray(count))
+            status = lib.vio_translate_many(
+                self._engine,
+                small(rid),
+                pasid_of(pasid),
+                ffi.from_buffer("uint64_t[]", view),
+                count,
+                small(access),
+                *(ffi.from_buffer("uint64_t[]", column, True) for column in (hva, gpa, size)),
+                ffi.from_buffer("uint8_t[]", reasons, True),
+            )
+        check(min(status, 0))
+        return Translations(hva, gpa, size, reasons)
 
     def dma_read(self, rid: int, iova: int, length: int, *, pasid: int | None = None) -> bytes | Fault:
         """Read `length` bytes (0 to 2^30) at iova. Raises: BadValueError (length)."""
