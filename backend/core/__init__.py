@@ -29,6 +29,7 @@ from backend.core.errors import (
 )
 from backend.core.memory import PlainMemory
 from backend.core.native import ANY_PASID
+from backend.core.path import Path, Step
 from backend.core.tables import TableBuilder
 
 Prot = Access
@@ -51,11 +52,13 @@ __all__ = [
     "NoMemoryError",
     "NotMappedError",
     "OverlapError",
+    "Path",
     "PlainMemory",
     "Prot",
     "Reason",
     "RouteCounters",
     "SpaceCounters",
+    "Step",
     "TableBuilder",
     "Translation",
     "Translations",

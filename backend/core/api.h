@@ -147,6 +147,39 @@ typedef struct {
     uint64_t length;
 } vio_segment;
 
+/* An entry on the path of a translation. */
+typedef struct {
+    uint64_t input;      /* address that is translated: IOVA by stage 1, GPA by stage 2 */
+    uint64_t address;    /* of the entry: GPA in stage 1, HVA in stage 2 */
+    uint64_t entry;      /* as read, if `read` */
+    uint64_t output;     /* base of the leaf or of the next table, if `decoded` */
+    uint8_t stage;
+    uint8_t level;
+    uint8_t table_of;    /* stage 2: level of the entry of a guest's that it leads to; 0: it leads to the data */
+    uint8_t pasid_table; /* an entry of a PASID table, or of stage 2 that leads to one */
+    uint8_t read;        /* 0: its memory is gone */
+    uint8_t decoded;     /* 0: it leads nowhere, for `reason` */
+    uint8_t next;        /* level of the next table; 0: a leaf */
+    uint8_t size_lg2;    /* of the leaf */
+    uint8_t permissions; /* VIO_READ, WRITE, EXECUTE: what this entry and the leaf permit together, for the request's
+                            privilege; VIO_PRIVILEGED: not known, as the walk reached no leaf */
+    int8_t accessed, dirty; /* 1: set, 0: a request would have to set it, -1: there is none */
+    uint8_t reason;      /* why the path ends here, 0: it does not */
+} vio_step;
+
+#define VIO_PATH_STEPS 96
+
+/* The path of one translation: all entries, in the order in which they are read. */
+typedef struct {
+    vio_step steps[VIO_PATH_STEPS];
+    uint32_t count;
+    uint32_t ioasid, parent; /* 0: none */
+    int format, parent_format; /* numbers for vio_format_name, -1: none */
+    int found;               /* 1: translation is valid; 0: fault is */
+    vio_translation translation;
+    vio_fault fault;
+} vio_path;
+
 typedef struct {
     uint64_t iotlb_hits, iotlb_misses, iotlb_evictions, walks, requests, bytes, faults;
     uint64_t spaces, routes, table_pages, faults_dropped;
@@ -166,6 +199,7 @@ void vio_engine_destroy(vio_engine *engine);
 void vio_invalidate_all(vio_engine *engine);
 void vio_engine_counters(vio_engine *engine, vio_counters *out);
 int vio_format_find(const char *name);
+const char *vio_format_name(int format);
 
 /* space.c */
 int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table);
@@ -228,6 +262,9 @@ void vio_guest_table_destroy(vio_guest_table *table);
 void vio_guest_table_get(vio_guest_table *table, vio_table *out);
 int vio_guest_table_map(vio_guest_table *table, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t access);
 int vio_guest_table_unmap(vio_guest_table *table, uint64_t iova, uint64_t size);
+
+/* lookup.c */
+int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access, vio_path *out);
 
 /* request.c: of this thread's last request that was answered by VIO_FAULT. */
 const vio_fault *vio_last_fault(void);

@@ -3,14 +3,6 @@
 
 #include "request.h"
 
-/* What route and tables permit to requests of this one's privilege. */
-static unsigned permitted(const struct request *request)
-{
-    unsigned perm = PT_PERMITTED(request->hit.perm) >> (request->need & VIO_PRIVILEGED ? PT_PRIVILEGED : 0) & PT_RWX;
-
-    return perm & (request->permitted | (request->permitted & VIO_READ ? VIO_EXECUTE : 0));
-}
-
 static int run_translate(struct guard *guard, void *context)
 {
     struct job *job = context;
@@ -29,7 +21,8 @@ int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iov
         return VIO_ERR_VALUE;
     status = job_run(&job, run_translate);
     if (!status)
-        *out = (vio_translation){request->hit.hva, request->hit.size, request->hit.gpa, permitted(request)};
+        *out = (vio_translation){request->hit.hva, request->hit.size, request->hit.gpa,
+                                 request_permitted(request, request->hit.perm)};
     return status;
 }
 

@@ -93,3 +93,8 @@ int vio_format_find(const char *name)
             return id;
     return VIO_ERR_UNKNOWN;
 }
+
+const char *vio_format_name(int format)
+{
+    return pt_formats[format]->name;
+}

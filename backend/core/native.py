@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from backend.core._native import lib
-from backend.core.answers import Access, Fault, Reason
+from backend.core._native import ffi, lib
+from backend.core.answers import Access, Fault, Reason, Translation
 from backend.core.errors import ERRORS, BadValueError, CoreError, UnknownIdError
+from backend.core.path import Path, Step
 
 NO_PASID: int = lib.VIO_NO_PASID
 ANY_PASID: int = lib.VIO_ANY_PASID
@@ -44,6 +45,51 @@ def fault_record(fault: Any) -> Fault:
         pasid_table=bool(fault.pasid_table),
         table=bool(fault.table),
     )
+
+
+def path_of(path: Any, rid: int, pasid: int | None, iova: int, access: Access) -> Path:
+    """Return a vio_path as Python sees it."""
+    nested = path.parent != 0
+    stage1, stage2 = (path.format, path.parent_format) if nested else (-1, path.format)
+    found = path.translation
+    return Path(
+        rid=rid,
+        pasid=pasid,
+        iova=iova,
+        access=access,
+        ioasid=path.ioasid or None,
+        parent=path.parent or None,
+        stage1=_format_name(stage1),
+        stage2=_format_name(stage2),
+        steps=tuple(_step(path.steps[i]) for i in range(path.count)),
+        result=Translation(found.hva, found.size, found.gpa, Access(found.access))
+        if path.found
+        else fault_record(path.fault),
+    )
+
+
+def _step(step: Any) -> Step:
+    known = not step.permissions & lib.VIO_PRIVILEGED
+    return Step(
+        stage=step.stage,
+        level=step.level,
+        table_of=step.table_of or None,
+        pasid_table=bool(step.pasid_table),
+        input=step.input,
+        address=step.address,
+        entry=step.entry if step.read else None,
+        leaf=bool(step.decoded and not step.next),
+        output=step.output if step.decoded else None,
+        size=1 << step.size_lg2 if step.decoded and not step.next else None,
+        access=Access(step.permissions) if known else None,
+        accessed=None if step.accessed < 0 else bool(step.accessed),
+        dirty=None if step.dirty < 0 else bool(step.dirty),
+        reason=Reason(step.reason) if step.reason else None,
+    )
+
+
+def _format_name(number: int) -> str | None:
+    return None if number < 0 else ffi.string(lib.vio_format_name(number)).decode()
 
 
 def beyond(rid: int, pasid: int | None, iova: int, access: Access) -> Fault:

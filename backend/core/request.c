@@ -56,13 +56,10 @@ static struct route *route_of(const struct vio_engine *engine, const struct requ
     return route;
 }
 
-/* Look the route up; 0, PASID_UNREAD, or why its requests go nowhere. */
-static int find_route(struct job *job, struct request *request)
+int request_route(struct vio_engine *engine, struct request *request)
 {
-    struct route *route = route_of(job->engine, request);
+    struct route *route = route_of(engine, request);
 
-    job->at = request;
-    request->begun = true;
     request->route = route;
     request->space = NULL;
     if (!route || (!route->space && !route->blocked))
@@ -73,18 +70,33 @@ static int find_route(struct job *job, struct request *request)
     request->permitted = route->access;
     if (route_rights(request->need) & ~request->permitted)
         return VIO_REASON_PERMISSION;
-    if (request->space->pasids) {
-        int reason = pasid_space(request->space, request->pasid, request->need, &request->walk, &request->space);
-
-        if (reason)
-            return reason;
-    }
-    if (!request->space->walk)
+    if (!request->space->walk && !request->space->pasids)
         return VIO_REASON_NOT_BOUND;
     request->rights = (request->need & PT_RWX) << (request->need & VIO_PRIVILEGED ? PT_PRIVILEGED : 0);
+    return 0;
+}
+
+/* The route and, where a PASID table is bound, the space of the PASID; also PASID_UNREAD. */
+static int find_route(struct job *job, struct request *request)
+{
+    int reason;
+
+    job->at = request;
+    request->begun = true;
+    reason = request_route(job->engine, request);
+    if (!reason && request->space->pasids)
+        reason = pasid_space(request->space, request->pasid, request->need, &request->walk, &request->space);
+    if (reason)
+        return reason;
     request->tag = iotlb_tag(&job->engine->iotlb, &request->space->scope);
     request->dirty = (request->space->parent ? request->space->parent : request->space)->dirty;
     return 0;
+}
+
+unsigned request_permitted(const struct request *request, unsigned perm)
+{
+    perm = PT_PERMITTED(perm) >> (request->need & VIO_PRIVILEGED ? PT_PRIVILEGED : 0) & PT_RWX;
+    return perm & (request->permitted | (request->permitted & VIO_READ ? VIO_EXECUTE : 0));
 }
 
 /* Run the guarded part; 0, a reason (the walk telling stage, level and entry), JOB_PAUSED or a vio_status. */
@@ -161,26 +173,24 @@ static void account(const struct job *job, const struct request *request, bool f
     }
 }
 
-static void tell_fault(struct job *job, int reason)
+vio_fault request_fault(const struct request *request, int reason, uint64_t done)
 {
-    const struct request *request = job->at;
     const struct walk *walk = &request->walk;
 
-    last_fault = (vio_fault){.iova = request->iova,
-                             .gpa = walk->fault_gpa,
-                             .entry = walk->entry,
-                             .done = job->done,
-                             .rid = request->rid,
-                             .pasid = request->pasid,
-                             .ioasid = request->space ? request->space->ioasid : 0,
-                             .access = (uint8_t)request->need,
-                             .stage = (uint8_t)walk->stage,
-                             .level = (uint8_t)walk->level,
-                             .reason = (uint8_t)reason,
-                             .has_gpa = walk->has_gpa,
-                             .pasid_table = walk->pasid_table,
-                             .table = walk->table};
-    fault_ring_put(&job->engine->faults, &last_fault);
+    return (vio_fault){.iova = request->iova,
+                       .gpa = walk->fault_gpa,
+                       .entry = walk->entry,
+                       .done = done,
+                       .rid = request->rid,
+                       .pasid = request->pasid,
+                       .ioasid = request->space ? request->space->ioasid : 0,
+                       .access = (uint8_t)request->need,
+                       .stage = (uint8_t)walk->stage,
+                       .level = (uint8_t)walk->level,
+                       .reason = (uint8_t)reason,
+                       .has_gpa = walk->has_gpa,
+                       .pasid_table = walk->pasid_table,
+                       .table = walk->table};
 }
 
 static int run_pasid_read(struct guard *guard, void *context)
@@ -219,7 +229,8 @@ int job_run(struct job *job, job_body body)
     if (job->second && job->second->begun)
         account(job, job->second, reason > 0 && job->at == job->second);
     if (reason > 0) {
-        tell_fault(job, reason);
+        last_fault = request_fault(job->at, reason, job->done);
+        fault_ring_put(&job->engine->faults, &last_fault);
         reason = VIO_FAULT;
     }
     gate_leave(&job->engine->gate);

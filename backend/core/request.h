@@ -62,6 +62,12 @@ typedef int (*job_body)(struct guard *guard, void *job); /* 0, a reason, or JOB_
  */
 int job_run(struct job *job, job_body body);
 
+/* Look the route up: 0, or why its requests go nowhere. Nothing is counted. */
+int request_route(struct vio_engine *engine, struct request *request);
+/* What route and tables, which permit `perm` in the order of PT_BOTH, permit to requests of this one's privilege. */
+unsigned request_permitted(const struct request *request, unsigned perm);
+vio_fault request_fault(const struct request *request, int reason, uint64_t done);
+
 /* request.c: translation by a walk, entered into the IOTLB. */
 int request_walk(struct job *job, struct request *request, struct guard *guard);
 

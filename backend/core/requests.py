@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from backend.core._native import ffi, lib
 from backend.core.answers import Access, Fault, Translation, Translations
 from backend.core.errors import BadValueError, ClosedError
-from backend.core.native import LAST_ADDRESS, beyond, check, fault_of, fault_record, pasid_of, small
+from backend.core.native import LAST_ADDRESS, beyond, check, fault_of, fault_record, pasid_of, path_of, small
+from backend.core.path import Path
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -71,6 +72,21 @@ class Requests:
             )
         check(min(status, 0))
         return Translations(hva, gpa, size, reasons)
+
+    def lookup(self, rid: int, iova: int, *, pasid: int | None = None, access: Access = Access.READ) -> Path:
+        """Tell the whole path of a translation without being a request.
+
+        Every entry is read as a request would read it now, past the IOTLB; no accessed or dirty bit is set, nothing is
+        filled, nothing is counted, and a fault at its end is in `Path.result` alone.
+
+        Raises: BadValueError (access, pasid).
+        """
+        out = ffi.new("vio_path *")
+        try:
+            check(lib.vio_lookup(self._engine, rid, pasid_of(pasid), iova, small(access), out))
+        except OverflowError:
+            return Path(rid, pasid, iova, access, None, None, None, None, (), beyond(rid, pasid, iova, access))
+        return path_of(out, rid, pasid, iova, access)
 
     def dma_read(self, rid: int, iova: int, length: int, *, pasid: int | None = None) -> bytes | Fault:
         """Read `length` bytes (0 to 2^30) at iova. Raises: BadValueError (length)."""
