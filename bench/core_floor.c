@@ -25,7 +25,7 @@ static uint64_t after(uint64_t address)
 
 const void *bench_stage2_root(vio_engine *engine, uint32_t ioasid)
 {
-    return (const void *)(uintptr_t)space_find(engine, ioasid)->table.root;
+    return (const void *)(uintptr_t)space_find(engine, ioasid)->table.table.tree.root;
 }
 
 double bench_walk(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, uint64_t count, uint64_t rounds)
@@ -86,8 +86,10 @@ double bench_iotlb(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, u
         for (uint64_t i = 0; i < count; i++) {
             struct iotlb_hit hit;
 
-            if (space->seen != space->parent->epoch ||
-                !iotlb_lookup(&engine->iotlb, space->tag, space->sizes, iovas[i], &hit))
+            const struct iotlb_scope *scope = &space->scope;
+
+            if (scope->seen != iotlb_above(scope) ||
+                !iotlb_lookup(&engine->iotlb, scope->tag, scope->sizes, iovas[i], &hit))
                 return -1; /* displaced: the caller gave too many */
             sum += hit.hva;
         }

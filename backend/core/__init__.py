@@ -9,6 +9,7 @@ from backend.core.answers import (
     RouteCounters,
     SpaceCounters,
     Translation,
+    Translations,
 )
 from backend.core.core import Core
 from backend.core.errors import (
@@ -24,11 +25,17 @@ from backend.core.errors import (
     NotMappedError,
     OverlapError,
     UnknownIdError,
+    UntrackedError,
 )
+from backend.core.memory import PlainMemory
+from backend.core.native import ANY_PASID
+from backend.core.path import Path, Step
+from backend.core.tables import TableBuilder
 
 Prot = Access
 
 __all__ = [
+    "ANY_PASID",
     "RW",
     "Access",
     "BadValueError",
@@ -45,10 +52,16 @@ __all__ = [
     "NoMemoryError",
     "NotMappedError",
     "OverlapError",
+    "Path",
+    "PlainMemory",
     "Prot",
     "Reason",
     "RouteCounters",
     "SpaceCounters",
+    "Step",
+    "TableBuilder",
     "Translation",
+    "Translations",
     "UnknownIdError",
+    "UntrackedError",
 ]

@@ -1,0 +1,222 @@
+"""Look-up: every entry on a path, what is decoded of it, the end that a request would come to, and no trace of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from amd_v1_reference import index, leaf, pointer
+from core_guest import CHILD, DIRECT, PAGE, RID, STAGE2, Guest, Ram
+
+from backend.core import RW, Access, BadValueError, Core, Fault, Path, Reason, Step, Translation
+
+READ, WRITE = Access.READ, Access.WRITE
+ROOT, MIDDLE, TABLE = PAGE, 2 * PAGE, 3 * PAGE
+DATA = 0x20000
+IOVA = 5 << 30 | 6 << 21 | 7 << 12 | 0x123
+ACCESSED, DIRTY = 1 << 5, 1 << 6
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    made = Guest(iotlb_entries=64, ram=64 * PAGE)
+    made.map(0, 64 * PAGE)
+    made.bind(ROOT, 3)
+    made.lay(IOVA, [ROOT, MIDDLE, TABLE], [pointer(MIDDLE, 2), pointer(TABLE, 1), leaf(DATA)])
+    yield made
+    made.close()
+
+
+def word(address: int) -> int:
+    return ctypes.c_uint64.from_address(address).value
+
+
+def trace(guest: Guest) -> tuple[object, ...]:
+    core = guest.core
+    return core.counters(), core.space_counters(CHILD), core.route_counters(RID), core.faults(), bytes(guest.ram.map)
+
+
+def test_every_entry_of_both_stages(guest: Guest) -> None:
+    before = trace(guest)
+    path = guest.core.lookup(RID, IOVA, access=WRITE)
+    assert trace(guest) == before
+    assert (path.ioasid, path.parent, path.stage1, path.stage2) == (CHILD, STAGE2, "amd-v1", "amd-v1")
+    assert path.result == Translation(guest.ram.hva + DATA + 0x123, PAGE - 0x123, DATA + 0x123, RW | Access.EXECUTE)
+    tables = (ROOT, MIDDLE, TABLE)
+    entries = [
+        (3, ROOT + 8 * 5, pointer(MIDDLE, 2)),
+        (2, MIDDLE + 8 * 6, pointer(TABLE, 1)),
+        (1, TABLE + 56, leaf(DATA)),
+    ]
+    assert [(step.level, step.address, step.entry) for step in path.steps if step.stage == 1] == entries
+    assert [step.output for step in path.steps if step.stage == 1] == [*tables[1:], DATA]
+    assert [(step.stage, step.level, step.table_of) for step in path.steps] == [
+        *((2, level, 3) for level in (4, 3, 2, 1)), (1, 3, None),
+        *((2, level, 2) for level in (4, 3, 2, 1)), (1, 2, None),
+        *((2, level, 1) for level in (4, 3, 2, 1)), (1, 1, None),
+        *((2, level, None) for level in (4, 3, 2, 1)),
+    ]  # fmt: skip
+    for step in path.steps:
+        assert step.present and step.reason is None and step.access is not None
+        assert step.leaf == (step.level == 1)
+        assert step.size == (PAGE if step.leaf else None)
+        if step.stage == 1:
+            assert step.input == IOVA and step.accessed is False and step.dirty is (False if step.leaf else None)
+            continue
+        gpa = {3: ROOT + 40, 2: MIDDLE + 48, 1: TABLE + 56, None: DATA + 0x123}[step.table_of]
+        assert step.input == gpa and step.accessed is None and step.dirty is None
+        assert step.entry == word(step.address)
+        assert step.address % PAGE == 8 * index(gpa, step.level)
+        if step.leaf:
+            assert step.output == guest.ram.hva + gpa // PAGE * PAGE
+    for step, following in zip(path.steps, path.steps[1:], strict=False):
+        if step.stage == following.stage == 2 and not step.leaf:
+            assert following.address // PAGE * PAGE == step.output
+
+
+def test_a_host_managed_space(guest: Guest) -> None:
+    path = guest.core.lookup(DIRECT, 5 * PAGE + 1)
+    assert (path.ioasid, path.parent, path.stage1, path.stage2) == (STAGE2, None, None, "amd-v1")
+    assert [(step.stage, step.level, step.table_of) for step in path.steps] == [(2, n, None) for n in (4, 3, 2, 1)]
+    assert path.result == guest.core.translate(DIRECT, 5 * PAGE + 1, READ)
+
+
+def test_what_each_entry_permits(guest: Guest) -> None:
+    guest.lay(IOVA, [ROOT, MIDDLE, TABLE], [pointer(MIDDLE, 2, write=False), pointer(TABLE, 1), leaf(DATA)])
+    path = guest.core.lookup(RID, IOVA)
+    rights = [step.access for step in path.steps if step.stage == 1]
+    reads = READ | Access.EXECUTE
+    assert rights == [reads, reads | WRITE, reads | WRITE]
+    refused = guest.core.lookup(RID, IOVA, access=WRITE)
+    assert isinstance(refused.result, Fault)
+    assert (refused.result.reason, refused.result.stage, refused.result.level) == (Reason.PERMISSION, 1, 1)
+    assert refused.steps[-1].reason == Reason.PERMISSION
+    assert refused.steps[-1].address == refused.result.gpa == TABLE + 56
+
+
+@pytest.mark.parametrize("accessed", [False, True])
+@pytest.mark.parametrize("dirty", [False, True])
+@pytest.mark.parametrize("updating", [False, True])
+def test_accessed_and_dirty_are_told_and_left_alone(guest: Guest, accessed: bool, dirty: bool, updating: bool) -> None:
+    bits = ACCESSED * accessed | DIRTY * dirty
+    guest.lay(
+        IOVA,
+        [ROOT, MIDDLE, TABLE],
+        [pointer(MIDDLE, 2) | ACCESSED * accessed, pointer(TABLE, 1) | ACCESSED, leaf(DATA) | bits],
+    )
+    guest.bind(ROOT, 3, accessed=updating, dirty=updating)
+    before = trace(guest)
+    path = guest.core.lookup(RID, IOVA, access=WRITE)
+    assert trace(guest) == before
+    states = [(step.accessed, step.dirty) for step in path.steps if step.stage == 1]
+    assert states == [(accessed, None), (True, None), (accessed, dirty)]
+    assert isinstance(path.result, Translation)
+
+
+def test_a_bit_to_set_where_stage_2_forbids_writing(guest: Guest) -> None:
+    """The request would fault there: so does the look-up; and not once the bit is set."""
+    guest.core.protect(STAGE2, MIDDLE, PAGE, READ)
+    guest.bind(ROOT, 3, accessed=True)
+    path = guest.core.lookup(RID, IOVA)
+    answer = guest.core.translate(RID, IOVA, READ)
+    assert path.result == answer
+    assert isinstance(answer, Fault)
+    assert (answer.stage, answer.gpa, answer.reason, answer.table) == (2, MIDDLE + 48, Reason.PERMISSION, True)
+    assert (path.steps[-1].table_of, path.steps[-1].reason) == (2, Reason.PERMISSION)
+    guest.set_entry(MIDDLE + 48, pointer(TABLE, 1) | ACCESSED)
+    assert isinstance(guest.core.lookup(RID, IOVA).result, Translation)
+
+
+def test_routes_that_lead_nowhere(guest: Guest) -> None:
+    core = guest.core
+    path = core.lookup(0x7777, IOVA, pasid=9)
+    assert (path.ioasid, path.parent, path.stage1, path.stage2, path.steps) == (None, None, None, None, ())
+    assert isinstance(path.result, Fault)
+    assert (path.result.reason, path.result.pasid) == (Reason.NO_ROUTE, 9)
+    core.block(0x7777, None)
+    assert replace(path.result, reason=Reason.BLOCKED, pasid=None) == core.lookup(0x7777, IOVA).result
+    core.unbind_table(CHILD)
+    path = core.lookup(RID, IOVA)
+    assert (path.ioasid, path.parent, path.stage1, path.steps) == (CHILD, STAGE2, None, ())
+    assert isinstance(path.result, Fault) and path.result.reason == Reason.NOT_BOUND
+    far = core.lookup(RID, 1 << 64)
+    assert isinstance(far.result, Fault) and far.result.reason == Reason.ADDRESS_WIDTH
+    assert core.faults() == []
+    for access in (Access(0), Access(16), Access.PRIVILEGED):
+        with pytest.raises(BadValueError):
+            core.lookup(RID, IOVA, access=access)
+
+
+def test_a_table_whose_memory_is_gone() -> None:
+    ram = Ram(8 * PAGE, memfd=True)
+    core = Core()
+    core.create_host_space(STAGE2)
+    core.map(STAGE2, 0, ram.hva, 8 * PAGE, RW)
+    core.create_nested_space(CHILD, STAGE2)
+    core.bind_table(CHILD, fmt="amd-v1", root=0, levels=2)
+    core.attach(RID, None, CHILD)
+    ram.write(0, pointer(6 * PAGE, 1).to_bytes(8, "little"))
+    os.ftruncate(ram.fd, 4 * PAGE)
+    for _ in range(2):
+        path = core.lookup(RID, 0x3000)
+        assert path.result == core.translate(RID, 0x3000, READ)
+        last = path.steps[-1]
+        assert (last.stage, last.level, last.address, last.entry) == (1, 1, 6 * PAGE + 24, None)
+        assert last.reason == Reason.MEMORY_GONE and not last.present
+    core.close()
+    ram.close()
+
+
+def random_entry(chance: random.Random) -> int:
+    following = chance.choice((0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 5, 6, 7))
+    entry = 1 | chance.randrange(62) << 12 | following << 9 | chance.choice((3, 3, 3, 3, 0, 1, 2)) << 61
+    if following == 7:
+        entry |= ((1 << chance.randrange(20)) - 1) << 12
+    if not chance.randrange(12):
+        entry ^= 1 << chance.randrange(64)
+    return entry
+
+
+def check_path(path: Path) -> None:
+    """What holds of every path."""
+    reasons = [step.reason for step in path.steps]
+    assert all(reason is None for reason in reasons[:-1])
+    if isinstance(path.result, Fault) and path.result.level:
+        last: Step = path.steps[-1]
+        found = (last.stage, last.level, last.entry or 0, last.reason)
+        assert found == (path.result.stage, path.result.level, path.result.entry, path.result.reason)
+        assert path.result.gpa == (last.address if last.stage == 1 else last.input)
+
+
+@pytest.mark.parametrize("updating", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_it_ends_as_a_request_would(seed: int, updating: bool) -> None:
+    """Hostile tables: the result is that of the request made afterwards, to the last field."""
+    chance = random.Random(seed)
+    guest = Guest(ram=64 * PAGE)
+    guest.map(0, 40 * PAGE)
+    guest.map(44 * PAGE, 16 * PAGE, 44 * PAGE, READ)
+    results = set[str]()
+    for _ in range(300):
+        for page in range(64):
+            for slot in (0, 1, 2, chance.randrange(512)):
+                guest.ram.write(page * PAGE + 8 * slot, random_entry(chance).to_bytes(8, "little"))
+        levels = chance.choice((1, 2, 2, 3, 3, 4, 5, 6))
+        guest.bind(chance.randrange(60) * PAGE, levels, accessed=updating, dirty=updating)
+        slots = levels if chance.randrange(8) else 6
+        iova = sum(chance.choice((0, 0, 1, 2)) << 12 + 9 * level for level in range(slots)) % (1 << 64)
+        iova += chance.randrange(PAGE)
+        access = chance.choice((READ, WRITE, RW, Access.EXECUTE, READ | Access.PRIVILEGED))
+        guest.core.faults()
+        before = trace(guest)
+        path = guest.core.lookup(RID, iova, access=access)
+        assert trace(guest) == before
+        check_path(path)
+        assert path.result == guest.core.translate(RID, iova, access)
+        results.add(path.result.reason.name if isinstance(path.result, Fault) else "found")
+    assert results >= {"found", "NOT_PRESENT", "RESERVED_BITS", "BAD_LEVEL", "PERMISSION", "ADDRESS_WIDTH"}
+    guest.close()
