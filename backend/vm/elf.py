@@ -43,7 +43,7 @@ def needs(data: bytes) -> Needs:
             if kind == PT_LOAD and address <= strings < address + size:
                 base = strings - address + offset
         libraries = tuple(_string(data, base + value) for tag, value in dynamic if tag == DT_NEEDED)
-    except (struct.error, UnicodeDecodeError) as error:
+    except (struct.error, UnicodeDecodeError, OverflowError) as error:  # an offset wider than any file overflows
         raise ValueError(f"a damaged ELF file: {error}") from error
     return Needs(loader, libraries)
 
