@@ -8,13 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from core_objects import COMPILER, NoSanitizer, link
 
-from backend.core.build import SOURCES
-
-ROOT = Path(__file__).resolve().parent.parent
-CORE = ROOT / "backend" / "core"
-DRIVER = ROOT / "tests" / "core_driver.c"
-COMPILER = shutil.which("gcc") or shutil.which("cc")
+DRIVER = Path(__file__).resolve().parent / "core_driver.c"
 
 
 def build(folder: Path, sanitizers: str) -> Path:
@@ -22,17 +18,10 @@ def build(folder: Path, sanitizers: str) -> Path:
     if COMPILER is None:
         pytest.skip("no C compiler: install gcc")
     made = folder / "driver"
-    command = [
-        COMPILER, "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CORE}",
-        f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-o", str(made), str(DRIVER),
-        *(str(CORE / f"{source}.c") for source in SOURCES),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "cannot find" in done.stderr and "san" in done.stderr:
-        pytest.skip(
-            f"the compiler's run-time for -fsanitize={sanitizers} is missing: install libgcc-dev's libasan/libtsan"
-        )
-    assert done.returncode == 0, done.stderr
+    try:
+        link(made, sanitizers, DRIVER)
+    except NoSanitizer as missing:
+        pytest.skip(str(missing))
     return made
 
 

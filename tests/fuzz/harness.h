@@ -123,7 +123,7 @@ static inline bool tables_legal(struct tables *t, bool host)
     return !(t->asked.flags & ~(host ? 0 : f->flags)) && f->prepare(&t->config, host);
 }
 
-enum { TABLES_HOST = 1, TABLES_PLAIN = 2 };
+enum { TABLES_HOST = 1, TABLES_PLAIN = 2, TABLES_OF_4K = 4 };
 
 /* Any legal configuration; plain: without options but for accessed and dirty, and as wide as it can be. */
 static inline struct tables take_tables(struct input *in, int format, uint64_t root, unsigned kind)
@@ -134,7 +134,7 @@ static inline struct tables take_tables(struct input *in, int format, uint64_t r
     bool host = kind & TABLES_HOST;
 
     wanted = t.asked.tree.levels = f->min_levels + (unsigned)(choice % (f->max_levels - f->min_levels + 1));
-    if (f->any_granule)
+    if (f->any_granule && !(kind & TABLES_OF_4K))
         t.asked.tree.granule = 12 + (unsigned)(choice >> 3) % 3 * 2;
     if (!host)
         t.asked.flags = (uint32_t)(choice >> 5) & (VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY) & f->flags;

@@ -166,7 +166,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         before = reserve(SIZE, 1 << 16, PROT_READ | PROT_WRITE);
     }
     stage1 = (unsigned)take(&in, 1);
-    host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
+    host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST | TABLES_OF_4K);
     choice = take(&in, 1);
     m.base = choice & 8 ? 1ull << (18 + (choice >> 4) * 2) : 0;
     if (m.base + SIZE - 1 > host.config.last)
