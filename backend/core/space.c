@@ -129,6 +129,8 @@ int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t h
     if (!size || ((iova | hva | size) & PAGE_BITS) || iova + (size - 1) < iova || !hva || hva >= HVA_END ||
         size > HVA_END - hva || !access || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
+    if (guard_install())
+        return VIO_ERR_MEMORY;
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
