@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from core_objects import COMPILER, NoSanitizer, link
+from core_sanitizers import build, run
 
-DRIVER = Path(__file__).resolve().parent / "core_driver.c"
-
-
-def build(folder: Path, sanitizers: str) -> Path:
-    """Build the driver with the core's own sources; skip where the host's compiler lacks the sanitizer."""
-    if COMPILER is None:
-        pytest.skip("no C compiler: install gcc")
-    made = folder / "driver"
-    try:
-        link(made, sanitizers, DRIVER)
-    except NoSanitizer as missing:
-        pytest.skip(str(missing))
-    return made
-
-
-def run(driver: Path, *arguments: str) -> None:
-    # Without a fixed layout of addresses: ThreadSanitizer cannot place its shadow in every random one.
-    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    environment = {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", "ASAN_OPTIONS"}}
-    done = subprocess.run(
-        [*fixed, str(driver), *arguments], capture_output=True, text=True, check=False, timeout=60, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    assert done.stderr == ""
+DRIVER = "core_driver.c"
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("asan"), "address,undefined")
+    return build(tmp_path_factory.mktemp("asan"), "address,undefined", DRIVER)
 
 
 @pytest.mark.parametrize("seed", range(1, 5))
@@ -71,7 +45,7 @@ def test_iotlb_sets_are_read_whole(address: Path) -> None:
 
 
 def test_threads(tmp_path: Path) -> None:
-    driver = build(tmp_path, "thread")
+    driver = build(tmp_path, "thread", DRIVER)
     run(driver, "threads", "500")
     run(driver, "iotlb", "200000")
     run(driver, "used-bits")

@@ -4,6 +4,8 @@
 /* How often a job reads a PASID table anew because what it read was invalidated before it could be used. */
 #define PASID_READS 16
 
+uint32_t job_budget = JOB_BUDGET;
+
 static __thread vio_fault last_fault;
 
 const vio_fault *vio_last_fault(void)
@@ -206,7 +208,7 @@ int job_run(struct job *job, job_body body)
     unsigned reads = 0;
     int reason;
 
-    job->budget = JOB_BUDGET;
+    job->budget = job_budget;
     for (;;) {
         bool unread;
 

@@ -18,6 +18,8 @@
 #define JOB_BUDGET (128 << 10)
 #define STEP_COST 1024
 
+extern uint32_t job_budget; /* JOB_BUDGET; tests let jobs pause sooner */
+
 #define JOB_PAUSED (-1000) /* a guarded part's answer beside reasons: a change waits. No vio_status */
 
 struct request {
@@ -103,7 +105,7 @@ static inline bool must_pause(struct job *job)
 {
     if (__builtin_expect(job->budget > 0, 1))
         return false;
-    job->budget = JOB_BUDGET;
+    job->budget = job_budget;
     return gate_wanted(&job->engine->gate);
 }
 
