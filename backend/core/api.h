@@ -208,6 +208,8 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid);
 int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access);
 int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size);
 int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t access);
+/* The table of a host-managed space, its root an HVA; of a nested one: what is bound. For tests and explanations. */
+int vio_space_table_get(vio_engine *engine, uint32_t ioasid, vio_table *out);
 int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table);
 int vio_space_unbind(vio_engine *engine, uint32_t ioasid);
 int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last);

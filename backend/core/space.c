@@ -264,6 +264,21 @@ int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, ui
     return status;
 }
 
+int vio_space_table_get(vio_engine *engine, uint32_t ioasid, vio_table *out)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    engine_change_begin(engine);
+    space = space_find(engine, ioasid);
+    if (space)
+        status = space->walk ? VIO_OK : VIO_ERR_KIND;
+    if (!status)
+        *out = space->table.table;
+    engine_change_end(engine);
+    return status;
+}
+
 int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counters *out)
 {
     struct space *space;
