@@ -8,6 +8,7 @@ import pytest
 from core_sanitizers import build, run
 
 DRIVER = "core_driver.c"
+TRACKING_DRIVER = "core_tracking_driver.c"
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,9 @@ def test_threads(tmp_path: Path) -> None:
     run(driver, "threads", "500")
     run(driver, "iotlb", "200000")
     run(driver, "used-bits")
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_dirty_tracking_and_pasid_tables_in_threads(tmp_path: Path, sanitizers: str) -> None:
+    """No write between two reads of the dirty pages is lost; no PASID's old table is used after its invalidation."""
+    run(build(tmp_path, sanitizers, TRACKING_DRIVER), "500")
