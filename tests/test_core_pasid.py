@@ -19,13 +19,18 @@ from backend.core import (
     ANY_PASID,
     RW,
     Access,
+    AmdGcr3,
+    ArmCd,
     BadValueError,
     Core,
     Fault,
     KindError,
+    PasidFormat,
     Reason,
+    RiscVPdt,
     Translation,
     UnknownIdError,
+    VtdPasid,
 )
 
 PAGE = 4096
@@ -61,7 +66,7 @@ class Kind:
         raise NotImplementedError
 
 
-class Gcr3(Kind):
+class Gcr3Kind(Kind):
     def lookup(self, memory: Memory, pasid: int) -> tuple[Any, bool] | common.Fault:
         root = amd_gcr3.lookup(memory, self.config, pasid)
         if isinstance(root, common.Fault):
@@ -69,7 +74,7 @@ class Gcr3(Kind):
         return (x86.walk, x86.Config(root, 4, sign_extended=pasid != 0)), True
 
 
-class VtdPasid(Kind):
+class VtdKind(Kind):
     def lookup(self, memory: Memory, pasid: int) -> tuple[Any, bool] | common.Fault:
         found = vtd_pasid.lookup(memory, self.config, pasid)
         directory = memory.read64(self.config.directory + 8 * (pasid >> 6)) or 0
@@ -89,13 +94,13 @@ class VtdPasid(Kind):
         return None, found.supervisor_requests
 
 
-class ArmCd(Kind):
+class CdKind(Kind):
     def lookup(self, memory: Memory, pasid: int) -> tuple[Any, bool] | common.Fault:
         found = arm_cd.lookup(memory, self.config, pasid)
         return found if isinstance(found, common.Fault) else ((arm_lpae.walk_stage1, found.stage1), True)
 
 
-class RiscvPdt(Kind):
+class PdtKind(Kind):
     def lookup(self, memory: Memory, pasid: int) -> tuple[Any, bool] | common.Fault:
         found = riscv_pdt.lookup(memory, self.config, pasid)
         if isinstance(found, common.Fault):
@@ -121,8 +126,8 @@ def kind_of(name: str) -> Kind:
             builder = amd_gcr3.Builder(memory, region, int(levels))
             for pasid, one in zip(PASIDS, trees, strict=True):
                 builder.set(pasid, one.root)
-            bind = {"fmt": "amd-gcr3", "root": builder.root, "levels": int(levels)}
-            made: Kind = Gcr3(name, bind, memory, builder.config(), [])
+            bind = {"fmt": AmdGcr3(levels=int(levels)), "root": builder.root}
+            made: Kind = Gcr3Kind(name, bind, memory, builder.config(), [])
         case ["vtd", pdts]:
             builder = vtd_pasid.Builder(memory, region, int(pdts))
             for number, (pasid, one) in enumerate(zip(PASIDS, trees, strict=True)):
@@ -136,22 +141,22 @@ def kind_of(name: str) -> Kind:
                         builder.set(pasid, domain=1, first=(one.root, 4), second=(second.root, 4))
                     case _:
                         builder.set(pasid, domain=1, first=(one.root, 4), write_protect=number != 4)
-            bind = {"fmt": "vtd-pasid", "root": builder.directory, "pasid_bits": min(int(pdts) + 13, 20)}
-            made = VtdPasid(name, bind, memory, builder.config(), [])
+            bind = {"fmt": VtdPasid(pasid_bits=min(int(pdts) + 13, 20)), "root": builder.directory}
+            made = VtdKind(name, bind, memory, builder.config(), [])
         case ["cd", split, max_bits]:
             builder = arm_cd.Builder(memory, region, int(split), int(max_bits))
             for pasid, one in zip(PASIDS, trees, strict=True):
                 if pasid >> int(max_bits) == 0:
                     builder.set(pasid, asid=pasid, root=one.root, t0sz=25)
-            bind = {"fmt": "arm-cd", "root": builder.root, "levels": 2 if int(split) else 1, "leaf_bits": int(split),
-                    "pasid_bits": int(max_bits), "output_bits": 52}  # fmt: skip
-            made = ArmCd(name, bind, memory, builder.config(), [])
-        case ["pdt", levels]:
+            leaf = {0: None, 6: 4096, 10: 65536}[int(split)]
+            bind = {"fmt": ArmCd(pasid_bits=int(max_bits), leaf=leaf, output_bits=52), "root": builder.root}
+            made = CdKind(name, bind, memory, builder.config(), [])
+        case ["pdt", levels, *hardware]:
             builder = riscv_pdt.Builder(memory, region, int(levels))
             for number, (pasid, one) in enumerate(zip(PASIDS, trees, strict=True)):
                 builder.set(pasid, pscid=1, root=one.root, mode=0 if number == 3 else 8, flags=(1, 3, 7)[number % 3])
-            bind = {"fmt": "riscv-pdt", "root": builder.root, "levels": int(levels)}
-            made = RiscvPdt(name, bind, memory, builder.config(), [])
+            bind = {"fmt": RiscVPdt(levels=int(levels), accessed_dirty=bool(hardware)), "root": builder.root}
+            made = PdtKind(name, bind, memory, builder.config(hardware_ad=bool(hardware)), [])
         case _:
             raise ValueError(name)
     made.tables = sorted(memory.words)
@@ -159,7 +164,8 @@ def kind_of(name: str) -> Kind:
 
 
 KINDS = (
-    "gcr3-1", "gcr3-2", "gcr3-3", "vtd-0", "vtd-5", "cd-0-0", "cd-0-8", "cd-6-9", "cd-10-12", "pdt-1", "pdt-2", "pdt-3",
+    "gcr3-1", "gcr3-2", "gcr3-3", "vtd-0", "vtd-5", "cd-0-0", "cd-0-8", "cd-6-9", "cd-10-12", "pdt-1", "pdt-2-hw",
+    "pdt-3",
 )  # fmt: skip
 
 
@@ -385,40 +391,31 @@ def test_routes(guest: Guest) -> None:
 
 def test_options_that_cannot_be(guest: Guest) -> None:
     core = guest.core
-    with pytest.raises(UnknownIdError, match="no-such"):
-        core.bind_pasid_table(DEVICE_SPACE, fmt="no-such", root=0)
     with pytest.raises(UnknownIdError):
-        core.bind_pasid_table(77, fmt="amd-gcr3", root=0, levels=1)
+        core.bind_pasid_table(77, fmt=AmdGcr3(), root=0)
     with pytest.raises(KindError):
-        core.bind_pasid_table(STAGE2, fmt="amd-gcr3", root=0, levels=1)
+        core.bind_pasid_table(STAGE2, fmt=AmdGcr3(), root=0)
     with pytest.raises(KindError):
         core.invalidate(DEVICE_SPACE, pasid=1)
-    bad: tuple[dict[str, Any], ...] = (
-        {"fmt": "amd-gcr3", "root": 0, "levels": 4},
-        {"fmt": "amd-gcr3", "root": 0, "levels": 0},
-        {"fmt": "amd-gcr3", "root": 8, "levels": 1},
-        {"fmt": "amd-gcr3", "root": 0, "levels": 1, "table_levels": 6},
-        {"fmt": "vtd-pasid", "root": 0, "pasid_bits": 12},
-        {"fmt": "vtd-pasid", "root": 0, "pasid_bits": 21},
-        {"fmt": "vtd-pasid", "root": 64},
-        {"fmt": "arm-cd", "root": 32, "levels": 1},
-        {"fmt": "arm-cd", "root": 0, "levels": 2, "leaf_bits": 7},
-        {"fmt": "arm-cd", "root": 0, "levels": 1, "pasid_bits": 21},
-        {"fmt": "riscv-pdt", "root": 0, "levels": 4},
-        {"fmt": "riscv-pdt", "root": 1 << 60, "levels": 1},
-    )
-    for options in bad:
+    bad: tuple[tuple[PasidFormat, int], ...] = (
+        (AmdGcr3(levels=4), 0), (AmdGcr3(levels=0), 0), (AmdGcr3(), 8), (AmdGcr3(table_levels=6), 0),
+        (AmdGcr3(levels=-1), 0), (VtdPasid(pasid_bits=12), 0), (VtdPasid(pasid_bits=21), 0), (VtdPasid(), 64),
+        (VtdPasid(output_bits=46), 1 << 46), (ArmCd(), 32), (ArmCd(leaf=8192), 0), (ArmCd(leaf=-1), 0),
+        (ArmCd(pasid_bits=21), 0), (ArmCd(output_bits=53), 0), (RiscVPdt(levels=4), 0), (RiscVPdt(), 1 << 60),
+        (RiscVPdt(), 1 << 64),
+    )  # fmt: skip
+    for fmt, root in bad:
         with pytest.raises(BadValueError):
-            core.bind_pasid_table(DEVICE_SPACE, **options)
+            core.bind_pasid_table(DEVICE_SPACE, fmt=fmt, root=root)
     with pytest.raises(BadValueError):
-        core.bind_pasid_table(DEVICE_SPACE, fmt="amd-gcr3", root=0, levels=1, default_pasid=1 << 20)
+        core.bind_pasid_table(DEVICE_SPACE, fmt=AmdGcr3(), root=0, default_pasid=1 << 20)
 
 
 def test_memory_that_goes_away_under_the_pasid_table() -> None:
     guest, ram = Guest(), Ram(16 * PAGE, memfd=True)
     try:
         guest.core.map(STAGE2, 1 << 40, ram.hva, 16 * PAGE, RW)
-        guest.core.bind_pasid_table(DEVICE_SPACE, fmt="amd-gcr3", root=1 << 40, levels=1)
+        guest.core.bind_pasid_table(DEVICE_SPACE, fmt=AmdGcr3(), root=1 << 40)
         os.ftruncate(ram.fd, 0)
         answer = guest.core.translate(RID, 0, Access.READ, pasid=3)
         assert isinstance(answer, Fault)

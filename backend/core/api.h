@@ -112,7 +112,7 @@ typedef struct {
     uint32_t leaf_bits;     /* Arm, 2 levels: log2 of the descriptors in a lower table, 6 (4 KiB) or 10 (64 KiB) */
     uint32_t table_levels;  /* AMD: levels of the guest tables, 4 or 5 (GuestPagingMode), 0: 4 */
     uint32_t output_bits;   /* width of GPAs: VT-d HAW, 0: 52; Arm OAS, 0: 48; AMD, 0: as the format */
-    uint32_t flags;         /* VIO_TABLE_* of all tables found, beside what the PASID table says */
+    uint32_t flags;         /* VIO_TABLE_* of tables found whose format takes them, beside what the PASID table says */
     uint32_t default_pasid; /* of requests that carry none; VIO_NO_PASID: they are blocked */
 } vio_pasid_table;
 

@@ -51,7 +51,7 @@ struct job {
     uint64_t done;
     bool in_parts; /* it moves what can be moved by pages, so that a loss in the middle can be found */
     bool by_pages; /* memory was lost: go on page by page, to know how many bytes are done */
-    struct pasid_found found; /* read in a PASID table */
+    struct pasid_found *found; /* read in a PASID table */
     const void *buffer; /* the caller's, which may be a mapped file and go away */
     uint64_t buffer_size;
 };
