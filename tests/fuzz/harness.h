@@ -123,7 +123,7 @@ static inline bool tables_legal(struct tables *t, bool host)
     return !(t->asked.flags & ~(host ? 0 : f->flags)) && f->prepare(&t->config, host);
 }
 
-enum { TABLES_HOST = 1, TABLES_PLAIN = 2, TABLES_OF_4K = 4 };
+enum { TABLES_HOST = 1, TABLES_PLAIN = 2 };
 
 /* Any legal configuration; plain: without options but for accessed and dirty, and as wide as it can be. */
 static inline struct tables take_tables(struct input *in, int format, uint64_t root, unsigned kind)
@@ -134,7 +134,7 @@ static inline struct tables take_tables(struct input *in, int format, uint64_t r
     bool host = kind & TABLES_HOST;
 
     wanted = t.asked.tree.levels = f->min_levels + (unsigned)(choice % (f->max_levels - f->min_levels + 1));
-    if (f->any_granule && !(kind & TABLES_OF_4K))
+    if (f->any_granule)
         t.asked.tree.granule = 12 + (unsigned)(choice >> 3) % 3 * 2;
     if (!host)
         t.asked.flags = (uint32_t)(choice >> 5) & (VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY) & f->flags;
@@ -161,15 +161,23 @@ static inline struct tables take_tables(struct input *in, int format, uint64_t r
     return t;
 }
 
-/* Bytes from the start of its table to the entry for an address. */
+/* Bytes from the start of its table to the entry for an address, were there a table at that level. */
 static inline uint64_t entry_offset(const struct tables *t, uint64_t address, unsigned level)
 {
+    unsigned granule = t->config.table.tree.granule ? t->config.table.tree.granule : 12;
     struct pt_start start;
 
-    if (pt_formats[t->format]->start(&t->config, address, &start))
-        return pt_offset(t->config.table.tree.granule ? t->config.table.tree.granule : 12, address, level);
-    return level == start.levels ? pt_root_offset(start.granule, start.index, level)
-                                 : pt_offset(start.granule, start.index, level);
+    if (pt_entry_lg2(granule, level) > 63)
+        return 0;
+    if (!pt_formats[t->format]->start(&t->config, address, &start) && level == start.levels)
+        return pt_root_offset(start.granule, start.index, level);
+    return pt_offset(granule, address, level);
+}
+
+/* The unit in which a table of ours maps, in pages of 4 KiB. */
+static inline uint64_t pages_of(const struct tables *host)
+{
+    return 1ull << (host->config.table.tree.granule - 12);
 }
 
 static inline unsigned some_leaf_size(const struct tables *t, unsigned level, uint64_t number)
