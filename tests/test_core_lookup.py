@@ -13,8 +13,10 @@ from amd_v1_reference import index, leaf, pointer
 from core_guest import CHILD, DIRECT, PAGE, RID, STAGE2, Guest, Ram
 
 from backend.core import (
+    ANY_PASID,
     RW,
     Access,
+    AmdGcr3,
     BadValueError,
     Core,
     Fault,
@@ -318,4 +320,40 @@ def test_accessed_and_dirty_of_every_format(fmt: str, updating: bool) -> None:
             for step in own[:-1]:
                 assert (step.accessed, step.dirty) == (False if in_tables else None, None)
             assert (own[-1].accessed, own[-1].dirty, own[-1].output) == (accessed, dirty, 5 * PAGE)
+        core.close()
+
+
+def test_through_a_pasid_table() -> None:
+    """GCR3 of two levels (AMD 48882, 2.2.6.2): root entry, then the one of the PASID, then its x86 table."""
+    with PlainMemory(64 * PAGE) as memory:
+        core = Core()
+        core.create_host_space(STAGE2)
+        core.map(STAGE2, 0, memory.hva, 64 * PAGE, RW)
+        core.create_nested_space(CHILD, STAGE2)
+        core.attach(RID, ANY_PASID, CHILD)
+        builder = TableBuilder("x86", memory, first=32 * PAGE)
+        builder.map(0x7000, 5 * PAGE, PAGE, RW)
+        root, inner, pasid = 3 * PAGE, 4 * PAGE, 0x203
+        memory[root + 8 : root + 16] = (inner | 1).to_bytes(8, "little")
+        memory[inner + 24 : inner + 32] = (builder.root | 1).to_bytes(8, "little")
+        core.bind_pasid_table(CHILD, fmt=AmdGcr3(levels=2), root=root)
+        before = bytes(memory[0 : 64 * PAGE]), core.counters()
+        path = core.lookup(RID, 0x7008, pasid=pasid)
+        assert (bytes(memory[0 : 64 * PAGE]), core.counters()) == before
+        assert (path.ioasid, path.parent, path.stage1) == (CHILD, STAGE2, "x86")
+        assert isinstance(path.result, Translation) and path.result.gpa == 5 * PAGE + 8
+        own = [(step.pasid_table, step.level, step.address, step.input) for step in path.steps if step.stage == 1]
+        assert own[:2] == [(True, 2, root + 8, pasid), (True, 1, inner + 24, pasid)]
+        assert [(table, level, iova) for table, level, _, iova in own[2:]] == [(False, n, 0x7008) for n in (4, 3, 2, 1)]
+        leading = [(step.pasid_table, step.table_of) for step in path.steps if step.stage == 2 and step.level == 1]
+        assert leading == [(True, 2), (True, 1), (False, 4), (False, 3), (False, 2), (False, 1), (False, None)]
+        assert path.result == core.translate(RID, 0x7008, READ, pasid=pasid)
+        memory[inner + 24 : inner + 32] = bytes(8)
+        assert isinstance(core.translate(RID, 0x7008, READ, pasid=pasid), Translation), "it is kept until invalidated"
+        gone = core.lookup(RID, 0x7008, pasid=pasid)
+        assert isinstance(gone.result, Fault) and gone.steps[-1].reason == gone.result.reason == Reason.NOT_PRESENT
+        assert gone.result.pasid_table and gone.result.gpa == inner + 24
+        core.invalidate(CHILD, pasid=pasid)
+        assert core.translate(RID, 0x7008, READ, pasid=pasid) == gone.result
+        assert isinstance(core.lookup(RID, 0x7008).result, Fault)
         core.close()

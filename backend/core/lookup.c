@@ -238,6 +238,7 @@ struct pasid_lookup {
     struct pasid_reader reader;
     struct lookup *lookup;
     const struct space *stage2;
+    vio_step *step; /* of the entry */
 };
 
 /* A word of a PASID table; the first one of an entry is told. */
@@ -251,10 +252,12 @@ static int load_word(struct pasid_reader *reader, uint64_t at, unsigned level, u
 
     if (reason)
         return reason;
-    if (at == reader->at)
-        add_step(lookup, 1, level, lookup->request.pasid, at)->next = (uint8_t)(level - 1);
-    else
-        lookup->path->count = told; /* beside the first one */
+    if (at == reader->at) {
+        through->step = add_step(lookup, 1, level, lookup->request.pasid, at);
+    } else { /* beside the first one */
+        lookup->path->count = told;
+        lookup->step = through->step;
+    }
     guard_memory(&lookup->guard, place.oa, sizeof *word);
     *word = __atomic_load_n((const uint64_t *)(uintptr_t)place.oa, __ATOMIC_ACQUIRE);
     if (at == reader->at) {
