@@ -23,6 +23,7 @@ from backend.core.native import route_pasid as _route_pasid
 from backend.core.native import small as _small
 from backend.core.pasid_format import PasidFormat
 from backend.core.requests import Requests
+from backend.core.table_format import TableFormat
 
 BYTES = ffi.typeof("char[]")
 PAGE = 4096
@@ -41,7 +42,7 @@ class Core(Requests):
         NoMemoryError: no memory for them.
     """
 
-    def __init__(self, *, iotlb_entries: int = 4096) -> None:
+    def __init__(self, *, iotlb_entries: int = 4096, walk_caches: bool = True) -> None:
         self._native: Any = None
         out = ffi.new("vio_engine **")
         _check(lib.vio_engine_create(_number(iotlb_entries, MAX_IOASID, "iotlb_entries"), out))
@@ -54,13 +55,17 @@ class Core(Requests):
 
     # Spaces
 
-    def create_host_space(self, ioasid: int, *, fmt: str = "amd-v1", levels: int = 4) -> None:
+    def create_host_space(self, ioasid: int, *, fmt: TableFormat | str = "amd-v1", levels: int = 4) -> None:
         """Create a host-managed space: a page table of format `fmt` in this process, empty.
 
-        Raises: ExistsError, BadValueError (levels), UnknownIdError (format), LimitError.
+        Args:
+            fmt: a TableFormat without options (its geometry counts), or the name of a format, then of `levels`. Every
+                format can hold addresses of this process. First-stage formats map the lower half of their addresses.
+
+        Raises: ExistsError, BadValueError (levels, options), UnknownIdError (format), LimitError.
         """
-        table = ffi.new("vio_table *", {"tree": {"levels": _small(levels)}})
-        _check(lib.vio_space_create_host(self._engine, _id(ioasid), _format(fmt), table), ioasid)
+        name, table = _table_of(fmt, 0, levels)
+        _check(lib.vio_space_create_host(self._engine, _id(ioasid), _format(name), table), ioasid)
 
     def create_nested_space(self, ioasid: int, parent: int) -> None:
         """Create a guest-managed space over the host-managed space `parent`; its requests fault until bind_table.
@@ -162,23 +167,28 @@ class Core(Requests):
         return bytes(bitmap)
 
     def bind_table(
-        self, ioasid: int, *, fmt: str, root: int, levels: int, accessed: bool = False, dirty: bool = False
+        self,
+        ioasid: int,
+        *,
+        fmt: TableFormat | str,
+        root: int,
+        levels: int = 4,
+        accessed: bool = False,
+        dirty: bool = False,
     ) -> None:
         """Let a nested space be translated by the guest's table at GPA `root`; replaces a table bound before.
 
         Args:
-            fmt: "amd-v1".
-            root: GPA of the root table, aligned to 4 KiB.
-            levels: level of the root table, 1 to 6 for amd-v1.
+            fmt: a TableFormat; or the name of a format, then of `levels` and without options but the two below.
+            root: GPA of the root table, aligned as the format asks.
             accessed: set the accessed bit of entries used (AMD: DTE HA).
             dirty: set the dirty bit of leaves written through; needs `accessed` (AMD: DTE HD).
 
-        Raises: BadValueError, UnknownIdError, KindError (host-managed space, or no such format over the parent's).
+        Raises: BadValueError, UnknownIdError, KindError (host-managed space).
         """
-        flags = (lib.VIO_TABLE_ACCESSED if accessed else 0) | (lib.VIO_TABLE_DIRTY if dirty else 0)
-        tree = {"root": _address(root, "root"), "levels": _small(levels)}
-        table = ffi.new("vio_table *", {"tree": tree, "flags": flags})
-        _check(lib.vio_space_bind(self._engine, _id(ioasid), _format(fmt), table), ioasid)
+        name, table = _table_of(fmt, root, levels)
+        table.flags |= (lib.VIO_TABLE_ACCESSED if accessed else 0) | (lib.VIO_TABLE_DIRTY if dirty else 0)
+        _check(lib.vio_space_bind(self._engine, _id(ioasid), _format(name), table), ioasid)
 
     def unbind_table(self, ioasid: int) -> None:
         """Take a nested space's table away. Raises: UnknownIdError, KindError."""
@@ -273,3 +283,14 @@ class Core(Requests):
         out = ffi.new("vio_route_counters *")
         _check(lib.vio_route_counters_get(self._engine, _small(rid), _route_pasid(pasid), out))
         return RouteCounters(*(getattr(out, name) for name in RouteCounters.__slots__))
+
+
+def _table_of(fmt: TableFormat | str, root: int, levels: int) -> tuple[str, Any]:
+    """Return the name of a format and the vio_table of a table of it at `root`."""
+    _address(root, "root")
+    if isinstance(fmt, str):
+        return fmt, ffi.new("vio_table *", {"tree": {"root": root, "levels": _small(levels)}})
+    try:
+        return fmt.name, ffi.new("vio_table *", fmt.fields(root))
+    except OverflowError as beyond:
+        raise BadValueError(f"{fmt} has a number that no table has") from beyond
