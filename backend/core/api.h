@@ -274,6 +274,10 @@ void vio_guest_table_destroy(vio_guest_table *table);
 void vio_guest_table_get(vio_guest_table *table, vio_table *out);
 int vio_guest_table_map(vio_guest_table *table, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t access);
 int vio_guest_table_unmap(vio_guest_table *table, uint64_t iova, uint64_t size);
+int vio_guest_table_protect(vio_guest_table *table, uint64_t iova, uint64_t size, uint32_t access);
+/* Of leaves, whose dirty bit stands for all their pages; bitmap as in vio_dirty_read. */
+int vio_guest_table_read_dirty(vio_guest_table *table, uint64_t iova, uint64_t size, uint32_t page_lg2, int clear,
+                               uint8_t *bitmap);
 
 /* lookup.c */
 int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access, vio_path *out);

@@ -12,8 +12,9 @@ from typing import Any
 from backend.core._native import ffi, lib
 from backend.core.answers import RW, Access, Counters, RouteCounters, SpaceCounters
 from backend.core.errors import BadValueError
-from backend.core.native import LAST_ADDRESS, MAX_IOASID
+from backend.core.native import LAST_ADDRESS, MAX_IOASID, PAGE
 from backend.core.native import address as _address
+from backend.core.native import bitmap_for as _bitmap_for
 from backend.core.native import check as _check
 from backend.core.native import format_of as _format
 from backend.core.native import ioasid_of as _id
@@ -26,9 +27,6 @@ from backend.core.requests import Requests
 from backend.core.table_format import TableFormat
 
 BYTES = ffi.typeof("char[]")
-PAGE = 4096
-MAX_DIRTY_BITS = 1 << 30
-"""read_dirty makes its bitmap itself: 128 MiB stand for 4 TiB of pages, and a caller may ask again."""
 
 
 class Core(Requests):
@@ -142,27 +140,9 @@ class Core(Requests):
 
         Raises: UntrackedError, BadValueError, UnknownIdError, KindError (a nested space: ask its parent).
         """
-        if page_size < PAGE or page_size & (page_size - 1) or size <= 0 or (iova | size) & (page_size - 1):
-            raise BadValueError(
-                f"a page size of {page_size:#x} must be a power of two, 4 KiB or more, that divides IOVA and size",
-                ioasid=ioasid,
-                iova=iova,
-                size=size,
-            )
-        bits = size // page_size
-        if bits > MAX_DIRTY_BITS:
-            raise BadValueError(f"{bits} pages at once: {MAX_DIRTY_BITS} at most", ioasid=ioasid, iova=iova, size=size)
-        bitmap = bytearray((bits + 7) // 8)
-        lg2 = page_size.bit_length() - 1
-        status = lib.vio_dirty_read(
-            self._engine,
-            _id(ioasid),
-            _address(iova, "iova"),
-            _address(size, "size"),
-            lg2,
-            clear,
-            ffi.from_buffer(BYTES, bitmap, True),
-        )
+        bitmap, lg2 = _bitmap_for(iova, size, page_size)
+        pointer = ffi.from_buffer(BYTES, bitmap, True)
+        status = lib.vio_dirty_read(self._engine, _id(ioasid), iova, size, lg2, clear, pointer)
         _check(status, ioasid, iova, size)
         return bytes(bitmap)
 
