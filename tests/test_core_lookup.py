@@ -288,9 +288,9 @@ STATES: dict[str, list[tuple[int, int, bool, bool | None]]] = {
     "vtd-second-stage": [(0, 0, False, False), (1 << 8, 0, True, False), (3 << 8, 0, True, True)],
     "ept": [(0, 0, False, False), (1 << 8, 0, True, False), (3 << 8, 0, True, True)],
     # AF; DBM with AP[2] set: clean, clear: dirty; without DBM there is no dirty state
-    "arm-s1": [(0, 1 << 10, False, None), (DBM | 1 << 7, 0, True, False), (DBM, 1 << 7, True, True)],
+    "arm-s1": [(0, DBM | 1 << 10, False, None), (DBM | 1 << 7, 0, True, False), (DBM, 1 << 7, True, True)],
     # ... and S2AP[1] the other way round
-    "arm-s2": [(0, 1 << 10, False, None), (DBM, 1 << 7, True, False), (DBM | 1 << 7, 0, True, True)],
+    "arm-s2": [(0, DBM | 1 << 10, False, None), (DBM, 1 << 7, True, False), (DBM | 1 << 7, 0, True, True)],
     "riscv": [(0, 3 << 6, False, False), (1 << 6, 1 << 7, True, False), (3 << 6, 0, True, True)],
     "riscv-x4": [(0, 3 << 6, False, False), (1 << 6, 1 << 7, True, False), (3 << 6, 0, True, True)],
 }
