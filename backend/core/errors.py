@@ -40,7 +40,10 @@ class CoreError(Exception):
 
 
 class BadValueError(CoreError):
-    meaning = "addresses and sizes must be whole 4 KiB pages inside the table's reach, levels and access legal"
+    meaning = (
+        "addresses and sizes must be whole pages (4 KiB, or Arm's granule) inside the table's reach, levels, options and"
+        " access legal in its format"
+    )
 
 
 class UnknownIdError(CoreError):

@@ -152,10 +152,18 @@ static bool find(const struct builder *b, uint64_t *table, unsigned level, uint6
 {
     uint64_t *entry = entry_at(b, table, first, level);
 
+    if (level == 1) {
+        uint64_t count = ((last - first) >> b->granule) + 1, i = 0;
+
+        while (i < count && (entry[i] != 0) != mapped)
+            i++;
+        *at = first + (i << b->granule);
+        return i < count;
+    }
     for (;; entry++) {
         uint64_t end = entry_last(b, first, last, level);
         struct pt_entry leaf;
-        uint64_t *next = *entry && level > 1 ? below(b, *entry, level, &leaf) : NULL;
+        uint64_t *next = *entry ? below(b, *entry, level, &leaf) : NULL;
 
         if (next) {
             if (find(b, next, level - 1, first, end, mapped, at))
