@@ -16,20 +16,30 @@ import pytest
 
 from backend.core import (
     RW,
+    X86,
     Access,
+    AmdV1,
+    ArmStage1,
+    ArmStage2,
+    ArmTree,
     BadValueError,
     ClosedError,
     Core,
     CoreError,
+    Ept,
     Fault,
     LimitError,
     NotMappedError,
     OverlapError,
     PlainMemory,
     Reason,
+    RiscV,
+    RiscVSecondStage,
     TableBuilder,
+    TableFormat,
     Translation,
     UnknownIdError,
+    VtdSecondStage,
 )
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -196,3 +206,39 @@ def test_many_translations_are_as_one_each(memory: PlainMemory) -> None:
         with pytest.raises(BadValueError):
             core.translate_many(RID, wrong, Access.READ)
     core.close()
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        AmdV1(levels=6),
+        X86(levels=5),
+        VtdSecondStage(levels=3),
+        Ept(),
+        *(ArmStage1(ArmTree(input_bits, granule)) for input_bits, granule in ((48, 4096), (47, 16384), (48, 65536))),
+        ArmStage2(ArmTree(40, 4096, levels=3)),
+        RiscV(levels=5),
+        RiscVSecondStage(levels=4),
+    ],
+    ids=lambda fmt: fmt.name,
+)
+def test_a_table_of_any_format_is_bound_as_it_was_built(fmt: TableFormat) -> None:
+    big = 1 << 16  # a page of every granule
+    with PlainMemory(64 * MEBI) as memory:
+        core = Core()
+        core.create_host_space(1, fmt=fmt)
+        core.map(1, 0, memory.hva, len(memory), RW)
+        builder = TableBuilder(fmt, memory, first=32 * MEBI)
+        builder.map(32 * MEBI, 0, 2 * big)
+        builder.map(1 << 30, 5 * big, big, Access.READ)
+        core.create_nested_space(2, 1)
+        core.bind_table(2, **builder.binding)
+        core.attach(RID, None, 2)
+        memory[big + 7 : big + 11] = b"here"
+        memory[5 * big : 5 * big + 5] = b"there"
+        assert core.dma_read(RID, 32 * MEBI + big + 7, 4) == b"here"
+        assert core.dma_read(RID, 1 << 30, 5) == b"there"
+        refused = core.dma_write(RID, 1 << 30, b"no")
+        assert refused is not None
+        assert (refused.stage, refused.reason) == (1, Reason.PERMISSION)
+        core.close()

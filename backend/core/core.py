@@ -24,7 +24,7 @@ from backend.core.native import route_pasid as _route_pasid
 from backend.core.native import small as _small
 from backend.core.pasid_format import PasidFormat
 from backend.core.requests import Requests
-from backend.core.table_format import TableFormat
+from backend.core.table_format import TableFormat, table_of
 
 BYTES = ffi.typeof("char[]")
 
@@ -62,7 +62,7 @@ class Core(Requests):
 
         Raises: ExistsError, BadValueError (levels, options), UnknownIdError (format), LimitError.
         """
-        name, table = _table_of(fmt, 0, levels)
+        name, table = table_of(fmt, 0, levels)
         _check(lib.vio_space_create_host(self._engine, _id(ioasid), _format(name), table), ioasid)
 
     def create_nested_space(self, ioasid: int, parent: int) -> None:
@@ -166,7 +166,7 @@ class Core(Requests):
 
         Raises: BadValueError, UnknownIdError, KindError (host-managed space).
         """
-        name, table = _table_of(fmt, root, levels)
+        name, table = table_of(fmt, root, levels)
         table.flags |= (lib.VIO_TABLE_ACCESSED if accessed else 0) | (lib.VIO_TABLE_DIRTY if dirty else 0)
         _check(lib.vio_space_bind(self._engine, _id(ioasid), _format(name), table), ioasid)
 
@@ -263,14 +263,3 @@ class Core(Requests):
         out = ffi.new("vio_route_counters *")
         _check(lib.vio_route_counters_get(self._engine, _small(rid), _route_pasid(pasid), out))
         return RouteCounters(*(getattr(out, name) for name in RouteCounters.__slots__))
-
-
-def _table_of(fmt: TableFormat | str, root: int, levels: int) -> tuple[str, Any]:
-    """Return the name of a format and the vio_table of a table of it at `root`."""
-    _address(root, "root")
-    if isinstance(fmt, str):
-        return fmt, ffi.new("vio_table *", {"tree": {"root": root, "levels": _small(levels)}})
-    try:
-        return fmt.name, ffi.new("vio_table *", fmt.fields(root))
-    except OverflowError as beyond:
-        raise BadValueError(f"{fmt} has a number that no table has") from beyond

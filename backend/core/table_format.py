@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
-from backend.core._native import lib
+from backend.core._native import ffi, lib
+from backend.core.errors import BadValueError
+from backend.core.native import address, small
 
 
 def _flags(*options: tuple[bool, str]) -> int:
@@ -270,3 +272,14 @@ class RiscVSecondStage(TableFormat):
             (self.svrsw60t59b, "RSW"),
         )
         return {"tree": {"root": root, "levels": self.levels}, "flags": flags}
+
+
+def table_of(fmt: TableFormat | str, root: int, levels: int) -> tuple[str, Any]:
+    """Return the name of a format and the vio_table of a table of it at `root`; `levels` counts with a mere name."""
+    address(root, "root")
+    if isinstance(fmt, str):
+        return fmt, ffi.new("vio_table *", {"tree": {"root": root, "levels": small(levels)}})
+    try:
+        return fmt.name, ffi.new("vio_table *", fmt.fields(root))
+    except OverflowError as beyond:
+        raise BadValueError(f"{fmt} has a number that no table has") from beyond

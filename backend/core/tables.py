@@ -8,7 +8,8 @@ from backend.core._native import ffi, lib
 from backend.core.answers import RW, Access
 from backend.core.errors import BadValueError
 from backend.core.memory import PlainMemory
-from backend.core.native import PAGE, address, bitmap_for, check, format_of, number
+from backend.core.native import PAGE, address, bitmap_for, check, format_of
+from backend.core.table_format import TableFormat, table_of
 
 BYTES = ffi.typeof("char[]")
 
@@ -16,7 +17,7 @@ BYTES = ffi.typeof("char[]")
 class Binding(TypedDict):
     """What `Core.bind_table` needs to know of a table."""
 
-    fmt: str
+    fmt: TableFormat | str
     root: int
     levels: int
     accessed: bool
@@ -27,19 +28,20 @@ class TableBuilder:
     """An empty table in `memory`, and the calls that fill it.
 
     Args:
-        fmt: name of a format, as in `Core.bind_table`.
+        fmt: a TableFormat, or the name of a format, then of `levels`, as in `Core.bind_table`. Of an Arm stage 1 the
+            lower range is built.
         memory: where it lies; what it maps are addresses there, GPAs.
-        levels: of the root.
+        levels: of the root, with a name.
         first, size: GPAs for its tables, whole 4 KiB pages; size None: to the end of memory. Nothing else may use them.
             A table that an unmap leaves empty stays where it is.
-        accessed, dirty: let walks set accessed and dirty bits, where the format has a choice.
+        accessed, dirty: let walks set these bits, where the format has a choice; a TableFormat says so itself.
 
     Raises: UnknownIdError (format), BadValueError (levels, region), LimitError (no room for the root).
     """
 
     def __init__(
         self,
-        fmt: str,
+        fmt: TableFormat | str,
         memory: PlainMemory,
         *,
         levels: int = 4,
@@ -53,10 +55,10 @@ class TableBuilder:
         size = len(memory) - first if size is None else size
         if not 0 <= first <= first + size <= len(memory):
             raise BadValueError(f"{size:#x} bytes from {first:#x} on do not lie in memory of {len(memory):#x} bytes")
-        flags = (lib.VIO_TABLE_ACCESSED if accessed else 0) | (lib.VIO_TABLE_DIRTY if dirty else 0)
-        asked = ffi.new("vio_table *", {"tree": {"levels": number(levels, 6, "levels")}, "flags": flags})
+        name, asked = table_of(fmt, 0, levels)
+        asked.flags |= (lib.VIO_TABLE_ACCESSED if accessed else 0) | (lib.VIO_TABLE_DIRTY if dirty else 0)
         out = ffi.new("vio_guest_table **")
-        check(lib.vio_guest_table_create(format_of(fmt), asked, memory.pointer, first, size, out))
+        check(lib.vio_guest_table_create(format_of(name), asked, memory.pointer, first, size, out))
         self._native: Any = ffi.gc(out[0], lib.vio_guest_table_destroy)
         made = ffi.new("vio_table *")
         lib.vio_guest_table_get(self._native, made)
