@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tests" / "fuzz"))
 
 from fuzzing import HARNESSES, HERE, corpus_file, read_corpus  # noqa: E402
 
-VARIANTS = 60
+VARIANTS = 15
 """Of each input: a few seconds a harness."""
 
 

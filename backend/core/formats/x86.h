@@ -123,9 +123,11 @@ PT_INLINE uint64_t x86_leaf_sizes(const struct pt_config *config, unsigned level
 PT_INLINE uint64_t x86_make_leaf(const struct pt_config *config, uint64_t oa, unsigned level, unsigned size_lg2,
                                  unsigned perm)
 {
-    (void)config, (void)size_lg2;
+    bool executable = perm & VIO_EXECUTE || config->table.flags & VIO_TABLE_XD_RESERVED; /* then all is */
+
+    (void)size_lg2;
     return oa | X86_P | X86_US | (level > 1 ? X86_PS : 0) | (perm & VIO_WRITE ? X86_RW : 0) |
-           (perm & VIO_EXECUTE ? 0 : X86_XD);
+           (executable ? 0 : X86_XD);
 }
 
 PT_INLINE uint64_t x86_make_table(const struct pt_config *config, uint64_t oa, unsigned level)
