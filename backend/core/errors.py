@@ -41,8 +41,8 @@ class CoreError(Exception):
 
 class BadValueError(CoreError):
     meaning = (
-        "addresses and sizes must be whole pages (4 KiB, or Arm's granule) inside the table's reach, levels, options and"
-        " access legal in its format"
+        "addresses and sizes must be whole pages (4 KiB, or Arm's granule) inside the table's reach, levels, options"
+        " and access legal in its format"
     )
 
 

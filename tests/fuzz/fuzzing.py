@@ -30,6 +30,9 @@ SLOW = 10
 LONGEST = 1024
 """Bytes of an input: some hundred operations, more than any finding has needed."""
 
+MOST = 200
+"""Inputs of a harness that the text file keeps, of all sizes alike: the tests run each, some varied."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -125,8 +128,8 @@ def keep_failures(harness: str, report: str) -> list[Path]:
     return kept
 
 
-def shrink(harness: str) -> int:
-    """Keep in the text file the fewest inputs that reach what the working corpus reaches; return their number."""
+def shrink(harness: str) -> None:
+    """Keep in the text file some of the fewest inputs that reach what the working corpus reaches."""
     fewest = folder(harness, "fewest")
     for path in fewest.iterdir():
         path.unlink()
@@ -134,9 +137,10 @@ def shrink(harness: str) -> int:
         [str(BUILD / harness / "fuzzer"), "-merge=1", "-use_counters=0", str(fewest), str(folder(harness, "corpus"))],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True,
     )  # fmt: skip
-    inputs = [path.read_bytes() for path in fewest.iterdir()]
-    write_corpus(harness, [data for data in inputs if data])
-    return len(inputs)
+    inputs = sorted((path.read_bytes() for path in fewest.iterdir()), key=lambda data: (len(data), data))
+    inputs = [data for data in inputs if data]
+    kept = [inputs[i * len(inputs) // MOST] for i in range(MOST)] if len(inputs) > MOST else inputs
+    write_corpus(harness, kept)
 
 
 def main() -> int:
