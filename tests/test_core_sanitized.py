@@ -9,6 +9,7 @@ from core_sanitizers import build, run
 
 DRIVER = "core_driver.c"
 TRACKING_DRIVER = "core_tracking_driver.c"
+POOL_DRIVER = "core_pool_driver.c"
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,10 @@ def test_threads(tmp_path: Path) -> None:
 def test_dirty_tracking_and_pasid_tables_in_threads(tmp_path: Path, sanitizers: str) -> None:
     """No write between two reads of the dirty pages is lost; no PASID's old table is used after its invalidation."""
     run(build(tmp_path, sanitizers, TRACKING_DRIVER), "500")
+
+
+def test_memory_of_tables(tmp_path: Path) -> None:
+    """Blocks of all sizes are zeroed, aligned, of one holder, used again, and bounded."""
+    driver = build(tmp_path, "address,undefined", POOL_DRIVER)
+    for seed in range(3):
+        run(driver, str(seed))
