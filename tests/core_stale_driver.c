@@ -141,7 +141,7 @@ static void *device_main(void *argument)
             unsigned reason = vio_last_fault()->reason;
 
             HOLDS(reason == VIO_REASON_NOT_PRESENT || reason == VIO_REASON_NO_ROUTE || reason == VIO_REASON_NOT_BOUND ||
-                  reason == VIO_REASON_BLOCKED);
+                  reason == VIO_REASON_BLOCKED || (reason == VIO_REASON_PERMISSION && vio_last_fault()->stage == 2));
         }
     }
     return NULL;
@@ -307,6 +307,26 @@ static void cut_off(struct changer *changer, uint32_t device)
     pthread_mutex_unlock(&devices[device].lock);
 }
 
+/* The host takes a range away, or its permission to write, in several stints: then its pages are still. */
+static void take_range(struct changer *changer)
+{
+    uint64_t first = below(&changer->random, PAGES), count = 1 + below(&changer->random, PAGES - first);
+    uint64_t at = (changer->first + first) * PAGE, sum[2] = {0};
+    bool away = below(&changer->random, 2);
+
+    HOLDS(!(away ? vio_space_unmap(engine, STAGE2, at, count * PAGE)
+                 : vio_space_protect(engine, STAGE2, at, count * PAGE, VIO_READ)));
+    for (unsigned pass = 0; pass < 2; pass++)
+        for (uint64_t i = 0; i < count * PAGE / 8; i++)
+            sum[pass] += ram_page(changer, changer->ram_of[first + i / (PAGE / 8)])[i % (PAGE / 8)] * (i + 1);
+    HOLDS(sum[0] == sum[1]);
+    if (!away)
+        HOLDS(!vio_space_protect(engine, STAGE2, at, count * PAGE, RW_BOTH));
+    for (uint64_t i = 0; away && i < count; i++)
+        HOLDS(!vio_space_map(engine, STAGE2, at + i * PAGE,
+                             (uint64_t)(uintptr_t)ram_page(changer, changer->ram_of[first + i]), PAGE, RW_BOTH));
+}
+
 static void *changer_main(void *argument)
 {
     struct changer *changer = argument;
@@ -314,11 +334,12 @@ static void *changer_main(void *argument)
     for (; !stopped(); changer->changes++) {
         unsigned own = (unsigned)below(&changer->random, OWN);
 
-        switch (below(&changer->random, 8)) {
+        switch (below(&changer->random, 9)) {
         case 0:
         case 1: change_stage2(changer, own); break;
         case 2: change_table(changer, own % DEVICES); break;
         case 3: cut_off(changer, own % DEVICES); break;
+        case 4: take_range(changer); break;
         default: change_leaf(changer, own); break;
         }
         check_retired(changer, changer->retired[below(&changer->random, SPARE)]);
@@ -375,7 +396,8 @@ int main(int argc, char **argv)
 
     if (argc != 3)
         return 2;
-    job_budget = 2048; /* requests of several pages give way to changes in the middle */
+    job_budget = 2048; /* requests of several pages give way to changes in the middle, */
+    stint_entries = 1;    /* and changes of several to requests */
     start(strtoull(argv[1], NULL, 0));
     milliseconds = strtoull(argv[2], NULL, 0);
     for (unsigned i = 0; i < DEVICES; i++)

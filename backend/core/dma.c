@@ -72,6 +72,7 @@ static int run_list(struct guard *guard, void *context)
         void *memory;
         int reason;
 
+        request->iova = segment->iova + list->offset; /* before a pause: its route may be gone after it */
         if (must_pause(job))
             return JOB_PAUSED;
         if (!size) {
@@ -80,7 +81,6 @@ static int run_list(struct guard *guard, void *context)
             job->budget -= sizeof *segment;
             continue;
         }
-        request->iova = segment->iova + list->offset;
         if (segment->iova + (segment->length - 1) < segment->iova)
             return VIO_REASON_ADDRESS_WIDTH;
         reason = request_translate(job, request, guard);
@@ -192,10 +192,10 @@ static int run_copy(struct guard *guard, void *context)
         uint64_t back = 0; /* from where we stand to where the piece begins */
         int reason;
 
-        if (must_pause(job))
-            return JOB_PAUSED;
         read->iova = copy->from + offset;
         write->iova = copy->to + offset;
+        if (must_pause(job))
+            return JOB_PAUSED;
         reason = request_translate(job, read, guard);
         if (!reason)
             reason = request_translate(job, write, guard);

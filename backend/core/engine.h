@@ -109,6 +109,37 @@ static inline void engine_change_end(struct vio_engine *engine)
     gate_release(&engine->gate);
 }
 
+/*
+ * A change of a host-managed space's table, done in stints: the gate is closed for each and open in between, so that
+ * requests wait for one stint and not for a whole mapping of a million pages. The gate is reserved throughout. What they
+ * see in between is part of the change, which has not returned yet; and where translations end, none of the range is
+ * held when the gate opens, nor is anything that a table given back had told.
+ */
+struct stint {
+    struct vio_engine *engine;
+    struct space *space;
+    uint64_t first, last;
+    bool ending;      /* translations of the range end */
+    uint64_t entries; /* written in this stint */
+};
+
+#define STINT_ENTRIES 4096 /* 1 to 50 us, as the tables are in the CPU's caches or nowhere near */
+
+extern uint32_t stint_entries; /* STINT_ENTRIES; tests make stints shorter */
+
+void stint_begin(struct stint *stint);
+void stint_end(struct stint *stint);
+
+/* So many entries have been written, and every table is as it may be seen. */
+static inline void stint_wrote(struct stint *stint, uint64_t entries)
+{
+    stint->entries += entries;
+    if (stint->entries >= stint_entries) {
+        stint_end(stint);
+        stint_begin(stint);
+    }
+}
+
 /* Counters are added to by many requests at once. */
 static inline void count(uint64_t *counter, uint64_t n)
 {
@@ -136,12 +167,12 @@ walk_fn walk_nested(int stage1, int stage2);
 /* host_table.c: tables that the core builds. All but the last answer a vio_status. */
 int host_table_create(struct pool *pool, struct pt_config *table);
 void host_table_destroy(struct pool *pool, int format, const struct pt_config *table);
-int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t hva,
-                   uint64_t size, unsigned perm);
-int host_table_unmap(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t size);
+int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t hva, unsigned perm,
+                   struct stint *stint);
+int host_table_unmap(struct pool *pool, int format, const struct pt_config *table, struct stint *stint);
 /* Give a range that is mapped another permission. */
-int host_table_protect(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t size,
-                       unsigned perm);
+int host_table_protect(struct pool *pool, int format, const struct pt_config *table, unsigned perm,
+                       struct stint *stint);
 /* The first mapped address of [first, last]; false if nothing there is mapped. */
 bool host_table_next(int format, const struct pt_config *table, uint64_t first, uint64_t last, uint64_t *at);
 

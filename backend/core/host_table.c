@@ -1,9 +1,9 @@
 /*
  * Tables that the core builds in its own memory: stage 2, in a hardware format, its leaf addresses being HVAs.
  *
- * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. The gate is closed, so
- * nothing walks a table while it changes. An entry of 0 is no entry, in every format, and none that the core writes is
- * 0. Leaves have the size of their level's entries.
+ * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. Tables are read with the gate
+ * reserved, and written in stints (engine.h), so nothing walks a table while it changes. An entry of 0 is no entry, in
+ * every format, and none that the core writes is 0. Leaves have the size of their level's entries.
  */
 #include <string.h>
 
@@ -14,6 +14,7 @@ struct builder {
     const struct pt_format *format;
     const struct pt_config *config;
     unsigned granule;
+    struct stint *stint; /* what is written, it counts */
     void (*fill_run)(const struct pt_config *config, uint64_t *entry, uint64_t count, uint64_t oa, unsigned perm);
 };
 
@@ -39,7 +40,7 @@ FORMATS(X)
 
 static struct builder builder(struct pool *pool, int format, const struct pt_config *config)
 {
-    struct builder b = {pool, pt_formats[format], config, config->table.tree.granule, NULL};
+    struct builder b = {pool, pt_formats[format], config, config->table.tree.granule, NULL, NULL};
 
 #define X(name)                                                                                                        \
     if (format == PT_##name)                                                                                           \
@@ -192,7 +193,10 @@ static void clear(struct builder *b, uint64_t *table, unsigned level, uint64_t f
     uint64_t *entry = entry_at(b, table, first, level);
 
     if (level == 1) {
-        memset(entry, 0, (((last - first) >> b->granule) + 1) * sizeof *entry);
+        uint64_t count = ((last - first) >> b->granule) + 1;
+
+        memset(entry, 0, count * sizeof *entry);
+        stint_wrote(b->stint, count);
         return;
     }
     for (;; entry++) {
@@ -223,7 +227,10 @@ static bool fill(struct builder *b, uint64_t *table, unsigned level, uint64_t fi
     bool leaves;
 
     if (level == 1) {
-        b->fill_run(b->config, entry, ((last - first) >> b->granule) + 1, hva, perm);
+        uint64_t count = ((last - first) >> b->granule) + 1;
+
+        b->fill_run(b->config, entry, count, hva, perm);
+        stint_wrote(b->stint, count);
         return true;
     }
     leaves = b->format->leaf_sizes(b->config, level) & size;
@@ -265,21 +272,26 @@ static unsigned with_execute(unsigned perm)
     return perm | (perm & VIO_READ ? VIO_EXECUTE : 0);
 }
 
-int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t hva,
-                   uint64_t size, unsigned perm)
+int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t hva, unsigned perm,
+                   struct stint *stint)
 {
     struct builder b = builder(pool, format, table);
-    uint64_t last = iova + (size - 1), at;
+    uint64_t first = stint->first, last = stint->last, at;
+    bool filled;
 
-    if (!legal(&b, iova, last, hva, perm))
+    b.stint = stint;
+    if (!legal(&b, first, last, hva, perm))
         return VIO_ERR_VALUE;
-    if (find(&b, root(&b), levels(&b), iova, last, true, &at))
+    if (find(&b, root(&b), levels(&b), first, last, true, &at))
         return VIO_ERR_OVERLAP;
-    if (!fill(&b, root(&b), levels(&b), iova, last, hva, with_execute(perm))) {
-        clear(&b, root(&b), levels(&b), iova, last);
-        return VIO_ERR_LIMIT;
+    stint_begin(stint);
+    filled = fill(&b, root(&b), levels(&b), first, last, hva, with_execute(perm));
+    if (!filled) {
+        stint->ending = true; /* of what requests may have found meanwhile */
+        clear(&b, root(&b), levels(&b), first, last);
     }
-    return VIO_OK;
+    stint_end(stint);
+    return filled ? VIO_OK : VIO_ERR_LIMIT;
 }
 
 /* Let a leaf boundary lie at `address`: a larger leaf there becomes a table of smaller ones, level by level. */
@@ -309,30 +321,34 @@ static bool split(struct builder *b, uint64_t address)
     }
 }
 
-/* A range that is mapped, with leaf boundaries at both its ends: nothing done, or all that can fail. */
+/* Begin to change a range that is mapped, by leaf boundaries at both its ends: nothing begun, or all that can fail. */
 static int carve(struct builder *b, uint64_t first, uint64_t last)
 {
     uint64_t at;
 
     if (find(b, root(b), levels(b), first, last, false, &at))
         return VIO_ERR_NOT_MAPPED;
+    stint_begin(b->stint);
     /* Splitting may lack room, but changes no translation. */
-    if (!split(b, first) || (last != b->config->last && !split(b, last + 1)))
-        return VIO_ERR_LIMIT;
-    return VIO_OK;
+    if (split(b, first) && (last == b->config->last || split(b, last + 1)))
+        return VIO_OK;
+    stint_end(b->stint);
+    return VIO_ERR_LIMIT;
 }
 
-int host_table_unmap(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t size)
+int host_table_unmap(struct pool *pool, int format, const struct pt_config *table, struct stint *stint)
 {
     struct builder b = builder(pool, format, table);
-    uint64_t last = iova + (size - 1);
     int status;
 
-    if (!legal(&b, iova, last, 0, VIO_READ))
+    b.stint = stint;
+    if (!legal(&b, stint->first, stint->last, 0, VIO_READ))
         return VIO_ERR_VALUE;
-    status = carve(&b, iova, last);
-    if (!status)
-        clear(&b, root(&b), levels(&b), iova, last);
+    status = carve(&b, stint->first, stint->last);
+    if (!status) {
+        clear(&b, root(&b), levels(&b), stint->first, stint->last);
+        stint_end(stint);
+    }
     return status;
 }
 
@@ -340,7 +356,7 @@ int host_table_unmap(struct pool *pool, int format, const struct pt_config *tabl
 static void permit(const struct builder *b, uint64_t *table, unsigned level, uint64_t first, uint64_t last,
                    unsigned perm)
 {
-    uint64_t *entry = entry_at(b, table, first, level);
+    uint64_t *start = entry_at(b, table, first, level), *entry = start;
 
     for (;; entry++) {
         uint64_t end = entry_last(b, first, last, level);
@@ -352,23 +368,26 @@ static void permit(const struct builder *b, uint64_t *table, unsigned level, uin
         else
             *entry = make_leaf(b, leaf.oa, level, perm);
         if (end == last)
-            return;
+            break;
         first = end + 1;
     }
+    stint_wrote(b->stint, entry - start + 1);
 }
 
-int host_table_protect(struct pool *pool, int format, const struct pt_config *table, uint64_t iova, uint64_t size,
-                       unsigned perm)
+int host_table_protect(struct pool *pool, int format, const struct pt_config *table, unsigned perm,
+                       struct stint *stint)
 {
     struct builder b = builder(pool, format, table);
-    uint64_t last = iova + (size - 1);
     int status;
 
-    if (!legal(&b, iova, last, 0, perm))
+    b.stint = stint;
+    if (!legal(&b, stint->first, stint->last, 0, perm))
         return VIO_ERR_VALUE;
-    status = carve(&b, iova, last);
-    if (!status)
-        permit(&b, root(&b), levels(&b), iova, last, with_execute(perm));
+    status = carve(&b, stint->first, stint->last);
+    if (!status) {
+        permit(&b, root(&b), levels(&b), stint->first, stint->last, with_execute(perm));
+        stint_end(stint);
+    }
     return status;
 }
 

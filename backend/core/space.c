@@ -121,78 +121,102 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
     return status;
 }
 
+uint32_t stint_entries = STINT_ENTRIES;
+
+void stint_begin(struct stint *stint)
+{
+    stint->entries = 0;
+    gate_close(&stint->engine->gate);
+}
+
+void stint_end(struct stint *stint)
+{
+    struct iotlb *iotlb = &stint->engine->iotlb;
+    struct iotlb_scope *scope = &stint->space->scope;
+
+    if (stint->ending) {
+        iotlb_forget_range(iotlb, scope, stint->first, stint->last);
+        iotlb_forget_below(iotlb, scope); /* children's entries are found by their IOVA, not by ours */
+    }
+    gate_open(&stint->engine->gate);
+}
+
+/* Have bits for what is to be mapped, or give back those that it no longer needs. */
+static int change_dirty(const struct stint *stint, bool cover)
+{
+    struct space *space = stint->space;
+    int status = VIO_OK;
+
+    if (!space->dirty)
+        return VIO_OK;
+    gate_close(&stint->engine->gate);
+    if (cover)
+        status = dirty_cover(space->dirty, &stint->engine->pool, stint->first, stint->last);
+    if (!cover || status)
+        dirty_trim(&stint->engine->pool, space, stint->first, stint->last);
+    gate_open(&stint->engine->gate);
+    return status;
+}
+
+/* The host-managed space to change; the gate is reserved. */
+static int host_space(struct vio_engine *engine, uint32_t ioasid, struct space **out)
+{
+    *out = space_find(engine, ioasid);
+    return !*out ? VIO_ERR_UNKNOWN : (*out)->parent ? VIO_ERR_KIND : VIO_OK;
+}
+
 int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access)
 {
-    struct space *space;
-    int status = VIO_ERR_UNKNOWN;
+    struct stint stint = {.engine = engine, .first = iova, .last = iova + (size - 1)};
+    int status;
 
-    if (!size || ((iova | hva | size) & PAGE_BITS) || iova + (size - 1) < iova || !hva || hva >= HVA_END ||
+    if (!size || ((iova | hva | size) & PAGE_BITS) || stint.last < iova || !hva || hva >= HVA_END ||
         size > HVA_END - hva || !access || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
     if (guard_install())
         return VIO_ERR_MEMORY;
-    engine_change_begin(engine);
-    space = space_find(engine, ioasid);
-    if (space)
-        status = space->parent ? VIO_ERR_KIND
-                               : host_table_map(&engine->pool, space->format, &space->table, iova, hva,
-                                                size, access);
-    if (!status && space->dirty) {
-        status = dirty_cover(space->dirty, &engine->pool, iova, iova + (size - 1));
-        if (status) { /* what was not covered before was not mapped either: nobody used it yet */
-            host_table_unmap(&engine->pool, space->format, &space->table, iova, size);
-            dirty_trim(&engine->pool, space, iova, iova + (size - 1));
-        }
+    gate_reserve(&engine->gate);
+    status = host_space(engine, ioasid, &stint.space);
+    if (!status)
+        status = change_dirty(&stint, true); /* before anything can be written */
+    if (!status) {
+        status = host_table_map(&engine->pool, stint.space->format, &stint.space->table, hva, access, &stint);
+        if (status)
+            change_dirty(&stint, false);
     }
-    engine_change_end(engine);
+    gate_release(&engine->gate);
     return status;
-}
-
-static void forget_range(struct vio_engine *engine, struct space *space, uint64_t first, uint64_t last)
-{
-    iotlb_forget_range(&engine->iotlb, &space->scope, first, last);
-    iotlb_forget_below(&engine->iotlb, &space->scope); /* children's entries are found by their IOVA, not by ours */
 }
 
 int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size)
 {
-    struct space *space;
-    int status = VIO_ERR_UNKNOWN;
+    struct stint stint = {.engine = engine, .first = iova, .last = iova + (size - 1), .ending = true};
+    int status;
 
-    if (!size || ((iova | size) & PAGE_BITS) || iova + (size - 1) < iova)
+    if (!size || ((iova | size) & PAGE_BITS) || stint.last < iova)
         return VIO_ERR_VALUE;
-    engine_change_begin(engine);
-    space = space_find(engine, ioasid);
-    if (space)
-        status = space->parent
-                     ? VIO_ERR_KIND
-                     : host_table_unmap(&engine->pool, space->format, &space->table, iova, size);
-    if (!status) {
-        forget_range(engine, space, iova, iova + (size - 1));
-        if (space->dirty)
-            dirty_trim(&engine->pool, space, iova, iova + (size - 1));
-    }
-    engine_change_end(engine);
+    gate_reserve(&engine->gate);
+    status = host_space(engine, ioasid, &stint.space);
+    if (!status)
+        status = host_table_unmap(&engine->pool, stint.space->format, &stint.space->table, &stint);
+    if (!status)
+        change_dirty(&stint, false);
+    gate_release(&engine->gate);
     return status;
 }
 
 int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t access)
 {
-    struct space *space;
-    int status = VIO_ERR_UNKNOWN;
+    struct stint stint = {.engine = engine, .first = iova, .last = iova + (size - 1), .ending = true};
+    int status;
 
-    if (!size || ((iova | size) & PAGE_BITS) || iova + (size - 1) < iova || !access ||
-        (access & ~(uint32_t)RW_BOTH))
+    if (!size || ((iova | size) & PAGE_BITS) || stint.last < iova || !access || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
-    engine_change_begin(engine);
-    space = space_find(engine, ioasid);
-    if (space)
-        status = space->parent ? VIO_ERR_KIND
-                               : host_table_protect(&engine->pool, space->format, &space->table, iova,
-                                                    size, access);
+    gate_reserve(&engine->gate);
+    status = host_space(engine, ioasid, &stint.space);
     if (!status)
-        forget_range(engine, space, iova, iova + (size - 1));
-    engine_change_end(engine);
+        status = host_table_protect(&engine->pool, stint.space->format, &stint.space->table, access, &stint);
+    gate_release(&engine->gate);
     return status;
 }
 
