@@ -1,14 +1,15 @@
 # Every target sets up what it needs. Only vioasid's own output goes to stdout: `make boot ARGS=--json` is clean JSON.
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help boot doctor test check bench clean
+.PHONY: help boot doctor test check bench fuzz clean
 
 ARGS ?=
+TIME ?= 60
 PYTHON := .venv/bin/python
 # not what cffi writes, and not what includes libvfio-user's header, which may not be fetched yet
 C_FILES := $(filter-out backend/core/_native.c bench/mmio_floor.c, \
-	$(wildcard $(addsuffix /*.c,backend/core backend/core/formats guest-tests/programs bench tests)))
-C_FLAGS := -std=gnu11 -O2 -Wall -Wextra -Werror
+	$(wildcard $(addsuffix /*.c,backend/core backend/core/formats guest-tests/programs bench tests tests/fuzz)))
+C_FLAGS := -std=gnu11 -O2 -Wall -Wextra -Werror -Ibackend/core
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +39,11 @@ check: ## ruff, mypy --strict, C warnings as errors
 bench: ## measure against the floor, in one run
 	@tools/environment.sh
 	@$(PYTHON) -m bench $(ARGS)
+
+fuzz: ## libFuzzer on the C core for TIME=60 seconds, with sanitizers
+	@tools/environment.sh
+	@tools/host-setup.sh fuzz >/dev/null
+	@$(PYTHON) tests/fuzz/fuzzing.py --time $(TIME) $(ARGS)
 
 clean: ## remove all that was made here (the cache of fetched files stays)
 	@rm -rf .venv build dist *.egg-info guest-tests/build backend/core/_native.c backend/core/*.so backend/core/*.o

@@ -26,7 +26,7 @@ class Stop:
 
     reason: str
     level: int
-    at: int
+    at: int | None
     entry: int
 
 
@@ -61,7 +61,7 @@ def walk(read_entry: Callable[[int], int], root: int, levels: int, address: int,
     """Walk for a read or a write. `read_entry(address)` may raise: what it raises passes through."""
     reach = {1: 21, 2: 30, 3: 39, 4: 48, 5: 57, 6: 64}[levels]
     if address >= 1 << reach:
-        return Stop("ADDRESS_WIDTH", levels, root, 0)
+        return Stop("ADDRESS_WIDTH", 0, None, 0)
     table, level = root, levels
     may_read = may_write = True
     while True:
@@ -88,16 +88,16 @@ def walk(read_entry: Callable[[int], int], root: int, levels: int, address: int,
         elif next_level == 7:
             ones = len(digits[12:52]) - len(digits[12:52].lstrip("1"))
             size_lg2 = 13 + ones
-            if level == 6 or not default_size_lg2(level) < size_lg2 < default_size_lg2(level + 1):
+            if level == 6 or size_lg2 > 52 or not default_size_lg2(level) < size_lg2 < default_size_lg2(level + 1):
                 return stop("BAD_LEVEL")
             output -= output % (1 << size_lg2)
         elif next_level >= level:
             return stop("BAD_LEVEL")
         may_read = may_read and digits[61] == "1"
         may_write = may_write and digits[62] == "1"
-        if not (may_write if write else may_read):
-            return stop("PERMISSION")
         if is_leaf:
+            if not (may_write if write else may_read):
+                return stop("PERMISSION")
             return Leaf(output + address % (1 << size_lg2), size_lg2, may_read, may_write)
         if any(index(address, skipped) for skipped in range(next_level + 1, level)):
             return stop("ADDRESS_WIDTH")

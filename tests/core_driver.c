@@ -43,6 +43,15 @@ static uint64_t below(uint64_t n)
     return any() % n;
 }
 
+static const vio_table host_table = {.tree = {.levels = 4}};
+
+static int bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t root, uint32_t levels, uint32_t flags)
+{
+    vio_table table = {.tree = {.root = root, .levels = levels}, .flags = flags};
+
+    return vio_space_bind(engine, ioasid, format, &table);
+}
+
 /* The model: where each GPA page was mapped last, 0: nowhere. */
 struct model {
     vio_engine *engine;
@@ -176,7 +185,7 @@ static void change(struct model *m)
     case 3: {
         static const uint32_t flags[] = {0, 0, VIO_TABLE_ACCESSED, VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY};
 
-        HOLDS(!vio_space_bind(m->engine, child, PT_amd_v1, below(GPA_PAGES) << 12, 1 + (uint32_t)below(6),
+        HOLDS(!bind(m->engine, child, PT_amd_v1, below(GPA_PAGES) << 12, 1 + (uint32_t)below(6),
                               flags[below(4)]));
         break;
     }
@@ -211,7 +220,7 @@ static void start(struct model *m, uint32_t iotlb_entries)
     HOLDS(m->fd >= 0 && !ftruncate(m->fd, RAM_PAGES * PAGE));
     m->ram = mmap(NULL, RAM_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
     HOLDS(m->ram != MAP_FAILED && !vio_engine_create(iotlb_entries, &m->engine));
-    HOLDS(!vio_space_create_host(m->engine, HOST, PT_amd_v1, 4));
+    HOLDS(!vio_space_create_host(m->engine, HOST, PT_amd_v1, &host_table));
     for (uint32_t child = 2; child < 2 + CHILDREN; child++)
         HOLDS(!vio_space_create_nested(m->engine, child, HOST));
 }
@@ -279,7 +288,7 @@ static void run_bounds(void)
         HOLDS(m.engine->pool.pages == VIO_MAX_TABLE_PAGES - 5 + room);
         HOLDS(!vio_space_map(m.engine, HOST, (8 + room) << 21, hva, PAGE, RW_BOTH));
     }
-    HOLDS(vio_space_create_host(m.engine, 99, PT_amd_v1, 4) == VIO_ERR_LIMIT);
+    HOLDS(vio_space_create_host(m.engine, 99, PT_amd_v1, &host_table) == VIO_ERR_LIMIT);
     HOLDS(vio_space_destroy(m.engine, 99) == VIO_ERR_UNKNOWN);
     check_direct(&m, 0);
     for (uint64_t room = 0; room < 5; room++)
@@ -299,7 +308,7 @@ static void run_bounds(void)
     m.engine->pool.pages = before + 1; /* the first of the two splits was done */
     HOLDS(!vio_space_unmap(m.engine, HOST, 1ull << 32, 1ull << 30));
     /* Tags run out: all start again, and nothing entered under an old tag answers for the same number given anew. */
-    m.engine->next_tag = 1;
+    m.engine->iotlb.next_tag = 1;
     for (uint64_t turn = 0; turn < 20; turn++) {
         HOLDS(!vio_space_invalidate(m.engine, HOST, 0, UINT64_MAX));
         check_direct(&m, 0);
@@ -307,15 +316,15 @@ static void run_bounds(void)
     HOLDS(!vio_space_invalidate(m.engine, HOST, 0, UINT64_MAX));
     for (uint64_t i = 0; i < 4; i++)
         map_again(&m, i, 20 + i);
-    m.engine->next_tag = UINT32_MAX - 2 * VIO_MAX_SPACES - 20;
+    m.engine->iotlb.next_tag = UINT32_MAX - 2 * VIO_MAX_SPACES - 20;
     for (uint64_t turn = 0; turn < 60; turn++) {
         check_direct(&m, 20);
         map_again(&m, turn % 4, 9);
         map_again(&m, turn % 4, 20 + turn % 4);
         HOLDS(!vio_space_invalidate(m.engine, HOST, 0, UINT64_MAX));
-        HOLDS(!vio_space_bind(m.engine, 2, PT_amd_v1, 0, 1 + (uint32_t)turn % 6, 0));
+        HOLDS(!bind(m.engine, 2, PT_amd_v1, 0, 1 + (uint32_t)turn % 6, 0));
     }
-    HOLDS(m.engine->next_tag < 1000);
+    HOLDS(m.engine->iotlb.next_tag < 1000);
     end(&m);
 }
 
@@ -395,7 +404,7 @@ static void run_used_bits(void)
 
     start(&m, 0);
     HOLDS(!vio_space_map(m.engine, HOST, 0, (uint64_t)(uintptr_t)m.ram, RAM_PAGES * PAGE, RW_BOTH));
-    HOLDS(!vio_space_bind(m.engine, 2, PT_amd_v1, 0, 1, VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY));
+    HOLDS(!bind(m.engine, 2, PT_amd_v1, 0, 1, VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY));
     HOLDS(!vio_route_attach(m.engine, 1, VIO_NO_PASID, 2, RW_BOTH));
     HOLDS(!pthread_create(&guest, NULL, flip_main, m.ram));
     for (unsigned step = 0; step < 300000; step++) {
@@ -461,7 +470,7 @@ static void run_threads(long milliseconds)
     }
     for (uint32_t i = 0; i < 3; i++) {
         devices[i] = (struct device){.m = &m, .rid = i + 1, .stop = &stop};
-        HOLDS(!vio_space_bind(m.engine, 2 + i, PT_amd_v1, RAM_PAGES / 2 * PAGE, 1, 0));
+        HOLDS(!bind(m.engine, 2 + i, PT_amd_v1, RAM_PAGES / 2 * PAGE, 1, 0));
         HOLDS(!vio_route_attach(m.engine, i + 1, VIO_NO_PASID, i ? 2 + i : HOST, RW_BOTH));
         HOLDS(!pthread_create(&devices[i].thread, NULL, device_main, &devices[i]));
     }
@@ -480,7 +489,7 @@ static void run_threads(long milliseconds)
             HOLDS(!memcmp(before, m.ram + page * PAGE, PAGE)); /* no device reaches it any more */
         HOLDS(!vio_space_map(m.engine, HOST, page * PAGE, (uint64_t)(uintptr_t)m.ram + page * PAGE, PAGE, RW_BOTH));
         HOLDS(!vio_space_invalidate(m.engine, 1 + (uint32_t)below(4), 0, below(2) ? UINT64_MAX : PAGE));
-        HOLDS(!vio_space_bind(m.engine, 3, PT_amd_v1, RAM_PAGES / 2 * PAGE, 1, 0));
+        HOLDS(!bind(m.engine, 3, PT_amd_v1, RAM_PAGES / 2 * PAGE, 1, 0));
         HOLDS(!vio_route_attach(m.engine, 2, VIO_NO_PASID, 3, RW_BOTH));
         vio_engine_counters(m.engine, &counters);
         clock_gettime(CLOCK_MONOTONIC, &now);

@@ -164,7 +164,10 @@ class Guest:
             return {"stage": 2, "gpa": stop.gpa, "reason": Reason[stop.reason]}
         size = 1 << min(lg2, found.size_lg2)
         stage1 = Access(found.read * Access.READ | found.write * Access.WRITE)
-        return Translation(hva=hva, size=size - iova % size, gpa=found.address, access=stage1 & permitted)
+        permitted &= stage1
+        if permitted & Access.READ:
+            permitted |= Access.EXECUTE  # the format has no right to execute: execution reads
+        return Translation(hva=hva, size=size - iova % size, gpa=found.address, access=permitted)
 
     def check(self, iova: int, access: Access) -> Translation | Fault:
         """Translate and compare; returns what came."""

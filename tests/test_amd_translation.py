@@ -13,6 +13,7 @@ from amd_driver import (
     ENDPOINT,
     EVERY_PAGE,
     IOVA,
+    MASTER_ABORT,
     MEMORY,
     NOWHERE,
     PAGE_FAULT,
@@ -129,6 +130,15 @@ class TestTranslation:
         assert (fault.stage, fault.gpa) == (2, NOWHERE)
         assert started.events() == []
         assert started.iommu.aborted == 1
+
+    def test_a_table_where_no_memory_is(self, started: Vm) -> None:
+        """Section 2.5.5: the guest's own table leads the walk nowhere, which is the IOMMU's error, not the device's."""
+        started.translate(base=NOWHERE)
+        fault = started.endpoint.read(IOVA, 8)
+        assert isinstance(fault, Fault)
+        entry = NOWHERE + 8 * (IOVA >> 39 & 511)
+        assert (fault.stage, fault.table, fault.gpa) == (2, True, entry)
+        assert started.events() == [Event(PAGE_TABLE_ERROR, ENDPOINT, 7, MASTER_ABORT, entry)]
 
     def test_unmapped_pages_stay_usable_until_invalidated_and_no_longer(self, started: Vm) -> None:
         table = started.translate()

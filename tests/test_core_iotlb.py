@@ -9,7 +9,7 @@ import pytest
 from amd_v1_reference import index, leaf, pointer, sized_leaf
 from core_guest import CHILD, DIRECT, PAGE, RID, STAGE2, Guest
 
-from backend.core import RW, Access, Core, Fault, Reason, Translation
+from backend.core import RW, Access, BadValueError, Core, Fault, Reason, Translation
 
 READ, WRITE = Access.READ, Access.WRITE
 OTHER, OTHER_RID = 3, 0x0118
@@ -75,6 +75,8 @@ INVALIDATIONS: dict[str, Callable[[Guest], None]] = {
     "range around": lambda guest: guest.core.invalidate(CHILD, 0, 1 << 20),
     "huge range": lambda guest: guest.core.invalidate(CHILD, 0, 1 << 40),
     "to beyond the end": lambda guest: guest.core.invalidate(CHILD, PAGE, 1 << 64),
+    "everything": lambda guest: guest.core.invalidate_all(),
+    "the device": lambda guest: guest.core.invalidate_device(RID),
     "bind again": lambda guest: guest.bind(ROOT, 3),
     "unbind and bind": rebind,
     "parent unmaps the page": lambda guest: remap(guest, A),
@@ -92,6 +94,36 @@ def test_nothing_stale_afterwards(guest: Guest, how: str) -> None:
     lead(guest, IOVA, 0)
     INVALIDATIONS[how](guest)
     assert gpa(guest) == Reason.NOT_PRESENT
+
+
+def test_a_device_is_invalidated_with_all_its_pasids_and_without_the_others(guest: Guest) -> None:
+    """Three spaces over one table: of RID, of a PASID of RID, and of another device."""
+    core = guest.core
+    routes = {(RID, None): CHILD, (RID, 7): 11, (OTHER_RID, None): 12}
+    for (rid, pasid), ioasid in routes.items():
+        if ioasid != CHILD:
+            core.create_nested_space(ioasid, STAGE2)
+            core.bind_table(ioasid, fmt="amd-v1", root=ROOT, levels=3)
+            core.attach(rid, pasid, ioasid)
+
+    def found() -> list[int]:
+        answers = [core.translate(rid, IOVA, READ, pasid=pasid) for rid, pasid in routes]
+        return [answer.gpa for answer in answers if isinstance(answer, Translation)]
+
+    lead(guest, IOVA, leaf(A))
+    assert found() == [A, A, A]
+    lead(guest, IOVA, leaf(B))
+    core.invalidate_device(0x7777)
+    assert found() == [A, A, A]
+    core.invalidate_device(RID)
+    assert found() == [B, B, A]
+    lead(guest, IOVA, leaf(A))
+    core.detach(RID, 7)
+    core.invalidate_device(RID)
+    core.attach(RID, 7, 11)
+    assert found() == [A, B, A]
+    with pytest.raises(BadValueError):
+        core.invalidate_device(1 << 16)
 
 
 def test_parent_unmap_reaches_children(guest: Guest) -> None:

@@ -55,7 +55,7 @@ def test_route_bounds_the_access(guest: Guest) -> None:
     assert (answer.reason, answer.stage, answer.ioasid) == (Reason.PERMISSION, 0, STAGE2)
     found = guest.core.translate(DIRECT, 0, READ)
     assert not isinstance(found, Fault)
-    assert found.access == READ
+    assert found.access == READ | Access.EXECUTE
     guest.core.attach(DIRECT, None, STAGE2, access=Access(0))
     assert reason(guest.core.dma_read(DIRECT, 0, 4)) == Reason.PERMISSION
 

@@ -27,9 +27,11 @@ def add(folder: Path, name: str, script: str) -> None:
     path.chmod(0o755)
 
 
-def run(path: Path) -> subprocess.CompletedProcess[str]:
+def run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": str(path), "TMPDIR": str(path.parent)}
-    return subprocess.run(["/bin/sh", str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["/bin/sh", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_a_user_is_told_the_command(path: Path) -> None:
@@ -86,3 +88,13 @@ def test_it_leaves_no_file(path: Path) -> None:
     add(path, "apt-get", "exit 100")
     run(path)
     assert set(os.listdir(path.parent)) == before
+
+
+def test_the_fuzzer_is_asked_for_by_fuzzing_alone(path: Path) -> None:
+    add(path, "id", "echo 1000")
+    add(path, "apt-get", "exit 100")
+    assert "clang" not in run(path).stderr
+    command = run(path, "fuzz").stderr.splitlines()[-1]
+    assert command.endswith(" clang libclang-rt-dev")
+    add(path, "clang", "exit 0")
+    assert "clang" not in run(path, "fuzz").stderr

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from guest_ram import PAGE, AmdTables, Ram
 
-from backend.core import Access, Fault, Reason
+from backend.core import RW, Access, Fault, Reason
 from backend.ioasid import Context, DevicePort, Engine, Kind, PgtableFormat
 from backend.pci.dma import DmaPort
 
@@ -56,6 +56,11 @@ def every_request(port: DmaPort, iova: int) -> list[tuple[Access, Callable[[], o
         (Access.WRITE, lambda: port.scatter([(iova, 4), (iova + 4, 4)], into, write=True)),
         (Access.WRITE, lambda: port.store(iova, 7, 8)),
         (Access.READ, lambda: port.load(iova, 8)),
+        (Access.WRITE, lambda: port.fill(iova, 8, 0x1234, 2)),
+        (Access.READ, lambda: port.copy(iova, iova + 8, 8)),
+        (RW, lambda: port.fetch_add(iova, 1, 8)),
+        (RW, lambda: port.swap(iova, 1, 4)),
+        (RW, lambda: port.compare_exchange(iova, 0, 1, 16)),
     ]
 
 
@@ -90,7 +95,7 @@ def test_requests_move_data(machine: Machine) -> None:
     assert port.counters.bytes == 3 * 8 + 8 + 4 + 8 + 8
 
 
-@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("which", range(12))
 def test_bus_master_off_moves_nothing_and_nobody_hears(machine: Machine, which: int) -> None:
     machine.ctx.attach(EP, machine.stage2)
     asked: list[tuple[int, int | None]] = []
@@ -106,7 +111,7 @@ def test_bus_master_off_moves_nothing_and_nobody_hears(machine: Machine, which: 
     assert not asked and not machine.heard
 
 
-@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("which", range(12))
 def test_router_is_asked_once_and_the_request_repeated(machine: Machine, which: int) -> None:
     asked: list[tuple[int, int | None]] = []
 
@@ -122,7 +127,7 @@ def test_router_is_asked_once_and_the_request_repeated(machine: Machine, which: 
     assert machine.heard == []
 
 
-@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("which", range(12))
 @pytest.mark.parametrize("lies", [False, True])
 def test_no_route_faults_once(machine: Machine, which: int, lies: bool) -> None:
     asked: list[tuple[int, int | None]] = []
@@ -261,3 +266,35 @@ def test_totals_outlive_what_counted_them(machine: Machine) -> None:
     assert (totals.requests, totals.moved, totals.faults) == (4, 2, 1)
     assert machine.engine.totals(Kind.KERNEL).requests == 1
     assert machine.ep.counters.requests == 5
+
+
+def test_new_kinds_of_requests_move_data(machine: Machine) -> None:
+    port = machine.ep
+    machine.ctx.attach(EP, machine.stage2)
+    assert port.fill(0x5001, 7, 0x4241, 2) is None
+    assert machine.ram.peek(0x5000, 9) == b"\0ABABABA\0"
+    assert port.copy(0x5001, 0x5003, 6) is None
+    assert machine.ram.peek(0x5000, 9) == b"\0ABABABAB"
+    assert port.fetch_add(0x6000, 5, 4) == 0 and port.swap(0x6000, 9, 8) == 5
+    assert port.compare_exchange(0x6000, 9, 1 << 127, 16) == 9
+    assert machine.ram.peek(0x6000, 16) == bytes(15) + b"\x80"
+    assert machine.heard == []
+
+
+@pytest.mark.parametrize("target", [0x5004, 0x4FFC, 0x7000])
+def test_a_copy_goes_on_where_routes_were_missing(machine: Machine, target: int) -> None:
+    """Both PASIDs are asked for, once each, and what overlaps is not copied twice."""
+    machine.ram.poke(0x5000, b"0123456789abcdef")
+    asked: list[tuple[int, int | None]] = []
+
+    def route(rid: int, pasid: int | None) -> bool:
+        asked.append((rid, pasid))
+        machine.ctx.attach(rid, machine.stage2, pasid=pasid)
+        return True
+
+    machine.ctx.attach(EP, machine.stage2)
+    machine.engine.set_router(route)
+    assert machine.ep.copy(0x5000, target, 16, 7, target_pasid=8) is None
+    assert machine.ram.peek(target, 16) == b"0123456789abcdef"
+    assert asked == [(EP, 7), (EP, 8)]
+    assert machine.heard == []

@@ -2,11 +2,13 @@
 # Check what the host must have, install what is missing as root, else print the command that does.
 #
 #   tools/host-setup.sh           prints the Python to use on stdout; all else goes to stderr
+#   tools/host-setup.sh fuzz      also wants clang with libFuzzer, which nothing but `make fuzz` needs
 #
 # Exit 0: everything is there. Exit 2: something is missing and could not be installed; the last lines say what to do.
 set -eu
 
 oldest='3, 11'
+purpose=${1:-}
 missing=''
 
 say() { printf 'vioasid: %s\n' "$*" >&2; }
@@ -36,6 +38,14 @@ header() { # header FILE [FLAG]: can the C compiler include it?
     printf '#include <%s>\n' "$1" | cc -E ${2:+"$2"} -x c - >/dev/null 2>&1
 }
 
+fuzzer() { # can clang link libFuzzer and the sanitizers?
+    made=$(mktemp)
+    printf '%s\n' '#include <stddef.h>' 'int LLVMFuzzerTestOneInput(const char *d, size_t n) { return d && n ? 0 : 0; }' |
+        clang -fsanitize=fuzzer,address,undefined -x c -o "$made" - >/dev/null 2>&1 && status=0 || status=1
+    rm -f "$made"
+    return $status
+}
+
 check() {
     missing=''
     if ! python=$(find_python); then
@@ -56,6 +66,7 @@ check() {
     has setpriv || need util-linux
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || need debian-archive-keyring
     [ -e /etc/ssl/certs/ca-certificates.crt ] || need ca-certificates
+    [ "$purpose" != fuzz ] || fuzzer || need clang libclang-rt-dev
 }
 
 install() {

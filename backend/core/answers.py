@@ -13,6 +13,9 @@ class Access(IntFlag):
 
     READ = lib.VIO_READ
     WRITE = lib.VIO_WRITE
+    EXECUTE = lib.VIO_EXECUTE
+    PRIVILEGED = lib.VIO_PRIVILEGED
+    """Of a request: with supervisor privilege."""
 
 
 RW = Access.READ | Access.WRITE
@@ -21,30 +24,37 @@ RW = Access.READ | Access.WRITE
 class Reason(IntEnum):
     """Why a request was answered by a fault; one table for every page-table format."""
 
-    NO_ROUTE = lib.VIO_REASON_NO_ROUTE
-    """Nobody said where requests of this (RID, PASID) go."""
-    BLOCKED = lib.VIO_REASON_BLOCKED
-    """The route exists and lets nothing through."""
-    NOT_BOUND = lib.VIO_REASON_NOT_BOUND
-    """The route leads to a nested space that has no table."""
-    NOT_PRESENT = lib.VIO_REASON_NOT_PRESENT
-    """The entry is not present."""
-    PERMISSION = lib.VIO_REASON_PERMISSION
-    """The route (stage 0) or an entry (stage 1, 2) does not permit the access."""
-    RESERVED_BITS = lib.VIO_REASON_RESERVED_BITS
-    """A reserved bit of the entry is set."""
-    ADDRESS_WIDTH = lib.VIO_REASON_ADDRESS_WIDTH
-    """Address bits beyond what the table or a skipped level covers; stage 0: the request wraps around 2^64."""
-    BAD_LEVEL = lib.VIO_REASON_BAD_LEVEL
-    """The entry's next level or page size is not legal where it stands."""
-    MISALIGNED = lib.VIO_REASON_MISALIGNED
-    """A leaf's base is not aligned to its size; stage 0: a single store or load is not aligned to its width."""
-    MEMORY_GONE = lib.VIO_REASON_MEMORY_GONE
-    """The memory was taken away by its owner. Stage 1: that of a table entry; stage 2: that of the data."""
-    BUS_MASTER_OFF = lib.VIO_REASON_BUS_MASTER_OFF
-    """The function may not send requests; said by the layers above."""
-    ENTRY_CHANGED = lib.VIO_REASON_ENTRY_CHANGED
-    """The entry changed at every attempt to set its accessed or dirty bit."""
+    explain: str
+    """The reason in a sentence."""
+
+    def __new__(cls, number: int, explain: str = "") -> Reason:
+        member = int.__new__(cls, number)
+        member._value_, member.explain = number, explain
+        return member
+
+    NO_ROUTE = lib.VIO_REASON_NO_ROUTE, "Nobody said where requests of this (RID, PASID) go."
+    BLOCKED = lib.VIO_REASON_BLOCKED, "The route exists and lets nothing through."
+    NOT_BOUND = lib.VIO_REASON_NOT_BOUND, "The route leads to a nested space that has no table."
+    NOT_PRESENT = lib.VIO_REASON_NOT_PRESENT, "The entry is not present."
+    PERMISSION = lib.VIO_REASON_PERMISSION, "The route (stage 0) or an entry (stage 1, 2) does not permit the access."
+    RESERVED_BITS = lib.VIO_REASON_RESERVED_BITS, "A reserved bit of the entry is set."
+    ADDRESS_WIDTH = (
+        lib.VIO_REASON_ADDRESS_WIDTH,
+        "Address bits beyond what the table or a skipped level covers; stage 0: the request wraps around 2^64.",
+    )
+    BAD_LEVEL = lib.VIO_REASON_BAD_LEVEL, "The entry's next level or page size is not legal where it stands."
+    MISALIGNED = (
+        lib.VIO_REASON_MISALIGNED,
+        "A leaf's base is not aligned to its size; stage 0: a single store or load is not aligned to its width.",
+    )
+    MEMORY_GONE = (
+        lib.VIO_REASON_MEMORY_GONE,
+        "The memory was taken away by its owner. Stage 1: that of a table entry; stage 2: that of the data.",
+    )
+    BUS_MASTER_OFF = lib.VIO_REASON_BUS_MASTER_OFF, "The function may not send requests; said by the layers above."
+    ENTRY_CHANGED = lib.VIO_REASON_ENTRY_CHANGED, "The entry changed at every attempt to set its accessed or dirty bit."
+    ACCESS_FLAG = lib.VIO_REASON_ACCESS_FLAG, "The accessed bit is clear, and hardware is not to set it."
+    DIRTY = lib.VIO_REASON_DIRTY, "The dirty bit is clear at a write, and hardware is not to set it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,7 @@ class Fault:
     ioasid: int
     """0 without a route."""
     iova: int
-    """Where in the request: the first byte that could not be reached."""
+    """Where in the request: the first byte that could not be reached, in the order in which bytes are moved."""
     access: Access
     stage: int
     """1 or 2; 0 if no walk took place."""
@@ -69,6 +79,10 @@ class Fault:
     reason: Reason
     done: int
     """Bytes moved before the fault."""
+    pasid_table: bool = False
+    """It befell an entry of a PASID table: level (1: what describes an address space), gpa and entry are of that."""
+    table: bool = False
+    """It befell a table entry of stage 1 (its memory gone, or stage 2 not leading to it), and not the data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +95,31 @@ class Translation:
     gpa: int
     access: Access
     """What both stages and the route permit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translations:
+    """What `Core.translate_many` found: arrays as long as the IOVAs asked for, each a buffer (numpy.asarray).
+
+    What is named as in Translation is 0 where the reason is not 0; what is named as in Fault is 0 where it is.
+    """
+
+    hva: memoryview
+    """64 bits each; so are gpa, size, fault_gpa and entry. All others have 8."""
+    gpa: memoryview
+    size: memoryview
+    access: memoryview
+    reason: memoryview
+    """0, or the Reason of the fault."""
+    stage: memoryview
+    level: memoryview
+    fault_gpa: memoryview
+    """`Fault.gpa`, 0 also where that is None."""
+    entry: memoryview
+    table: memoryview
+
+    def __len__(self) -> int:
+        return len(self.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +139,8 @@ class Counters:
     """Detached ones included: they keep their counters."""
     table_pages: int
     """4 KiB pages of tables the core built."""
+    faults_dropped: int
+    """Faults that found the ring of `Core.faults` full."""
 
 
 @dataclass(frozen=True, slots=True)

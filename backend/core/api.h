@@ -3,18 +3,24 @@
  * So it holds declarations only, and the one preprocessor form cffi knows: integer #defines.
  */
 
-/* What a request does, and what a mapping or a route permits. */
+/* What a request does, and what a mapping or a route permits. A format without a right to execute asks for VIO_READ. */
 #define VIO_READ 1
 #define VIO_WRITE 2
+#define VIO_EXECUTE 4
+#define VIO_PRIVILEGED 8 /* of a request: with supervisor privilege */
 
 /* pasid argument of a request that carries none */
 #define VIO_NO_PASID 0xffffffff
+/* pasid of a route that takes the requests of all PASIDs that have no route of their own */
+#define VIO_ANY_PASID 0xfffffffe
 
-/* Bounds, each with its reason where it is enforced (space.c, route.c, pool.c, iotlb.c). */
+/* Bounds, each with its reason where it is enforced (space.c, route.c, pool.c, iotlb.c, pasid.c). */
 #define VIO_MAX_SPACES 1048576
 #define VIO_MAX_ROUTES 65536
 #define VIO_MAX_TABLE_PAGES 262144
 #define VIO_MAX_IOTLB 1048576
+#define VIO_MAX_PASIDS 65536
+#define VIO_FAULT_RING 1024
 
 /* Why a request was answered with a fault: one table for every format. */
 enum vio_reason {
@@ -31,6 +37,8 @@ enum vio_reason {
     VIO_REASON_MEMORY_GONE,    /* mapped memory that its owner has taken away (truncated, unmapped) */
     VIO_REASON_BUS_MASTER_OFF, /* said by the layers above: the function may not send requests */
     VIO_REASON_ENTRY_CHANGED,  /* an entry changed at every attempt to set its accessed or dirty bit */
+    VIO_REASON_ACCESS_FLAG,    /* accessed bit clear, and hardware is not to set it */
+    VIO_REASON_DIRTY,          /* dirty bit clear at a write, and hardware is not to set it */
 };
 
 /* Status of every call: 0 done, 1 answered by a fault (vio_last_fault), negative: misuse by the caller. */
@@ -47,11 +55,66 @@ enum vio_status {
     VIO_ERR_LIMIT = -8,      /* a bound is reached */
     VIO_ERR_MEMORY = -9,     /* the host has no memory left */
     VIO_ERR_BUFFER = -10,    /* the caller's own buffer went away under the call */
+    VIO_ERR_UNTRACKED = -11, /* the space does not track what is dirty */
 };
 
-/* Configuration bits of a bound table. */
-#define VIO_TABLE_ACCESSED 1
-#define VIO_TABLE_DIRTY 2
+/* AtomicOps */
+#define VIO_ATOMIC_ADD 1
+#define VIO_ATOMIC_SWAP 2
+#define VIO_ATOMIC_CAS 3
+
+/* Options of a table. A format takes those that its header names, and refuses others. */
+#define VIO_TABLE_ACCESSED 0x1         /* set accessed bits; formats with options for it (x86 always does) */
+#define VIO_TABLE_DIRTY 0x2            /* set dirty bits; needs the former */
+#define VIO_TABLE_UNSIGNED 0x4         /* x86: the address is not sign-extended (AMD: requests of PASID 0) */
+#define VIO_TABLE_WRITE_ANY 0x8        /* x86: privileged writes ignore R/W (CR0.WP or WPE clear) */
+#define VIO_TABLE_SMEP 0x10            /* x86: no privileged execution of user pages */
+#define VIO_TABLE_XD_IGNORED 0x20      /* x86: bit 63 means nothing */
+#define VIO_TABLE_XD_RESERVED 0x40     /* x86: bit 63 is reserved */
+#define VIO_TABLE_NO_1G 0x80           /* x86, VT-d, EPT: no leaves of 1 GiB */
+#define VIO_TABLE_NO_2M 0x100          /* VT-d, EPT: no leaves of 2 MiB */
+#define VIO_TABLE_NO_SNOOP 0x200       /* VT-d: bit 11 of a leaf is reserved (ECAP.SC clear) */
+#define VIO_TABLE_NO_EXECUTE_ONLY 0x400 /* EPT: execution needs read */
+#define VIO_TABLE_EXECUTE_MODES 0x800  /* EPT: bit 10 is the user's right to execute (mode-based execute control) */
+#define VIO_TABLE_TOP_BYTE 0x1000      /* Arm stage 1: bits 63:56 are ignored, lower range (TBI0) */
+#define VIO_TABLE_UPPER_TOP_BYTE 0x2000 /* ditto, upper range (TBI1) */
+#define VIO_TABLE_FLAT 0x4000          /* Arm stage 1: attributes of tables do not count, lower range (HAD0) */
+#define VIO_TABLE_UPPER_FLAT 0x8000    /* ditto, upper range (HAD1) */
+#define VIO_TABLE_NO_ACCESS_FAULT 0x10000 /* Arm: a clear access flag is no fault (AFFD) */
+#define VIO_TABLE_LARGE_OUTPUT 0x20000 /* Arm: the SMMU has 52 output bits, whatever is in force (OAS) */
+#define VIO_TABLE_ONE_XN 0x40000       /* Arm stage 2: XN has one bit (no FEAT_XNX) */
+#define VIO_TABLE_SUM 0x80000          /* RISC-V: privileged reads and writes may touch user pages */
+#define VIO_TABLE_NO_NAPOT 0x100000    /* RISC-V: no Svnapot */
+#define VIO_TABLE_NO_PBMT 0x200000     /* RISC-V: no Svpbmt */
+#define VIO_TABLE_RSW 0x400000         /* RISC-V: bits 60:59 are software's (Svrsw60t59b) */
+
+/* One tree of tables. */
+typedef struct {
+    uint64_t root;       /* address of the root table: GPA of a guest's, HVA of ours */
+    uint32_t levels;     /* level of the root, 1 holding the smallest leaves; 0: no such tree (Arm: EPDn) */
+    uint32_t input_bits; /* bits of the address that index it; 0: what the levels of the format cover */
+    uint32_t granule;    /* log2 of the smallest page; 0: 12, and 12 in all formats but Arm's */
+} vio_tree;
+
+/* A table and how it is to be read. */
+typedef struct {
+    vio_tree tree;
+    vio_tree upper;       /* Arm stage 1: of addresses with bit 55 set (TTBR1); else levels 0 */
+    uint32_t output_bits; /* width of output addresses; 0: as many as the format has */
+    uint32_t flags;       /* VIO_TABLE_* */
+} vio_table;
+
+/* A PASID table of the guest's, and how it is to be read. What a kind has no use for is 0. */
+typedef struct {
+    uint64_t root;          /* GPA of the root table, or of the directory */
+    uint32_t levels;        /* AMD: GLX + 1; RISC-V: 1 PD8, 2 PD17, 3 PD20; Arm: 1 linear, 2; VT-d: 0 or 2 */
+    uint32_t pasid_bits;    /* VT-d: PDTS + 13, but 20 at most, 0: 20; Arm: S1CDMax */
+    uint32_t leaf_bits;     /* Arm, 2 levels: log2 of the descriptors in a lower table, 6 (4 KiB) or 10 (64 KiB) */
+    uint32_t table_levels;  /* AMD: levels of the guest tables, 4 or 5 (GuestPagingMode), 0: 4 */
+    uint32_t output_bits;   /* width of GPAs: VT-d HAW, 0: 52; Arm OAS, 0: 48; AMD, 0: as the format */
+    uint32_t flags;         /* VIO_TABLE_* of tables found whose format takes them, beside what the PASID table says */
+    uint32_t default_pasid; /* of requests that carry none; VIO_NO_PASID: they are blocked */
+} vio_pasid_table;
 
 typedef struct vio_engine vio_engine;
 
@@ -68,6 +131,8 @@ typedef struct {
     uint8_t level;
     uint8_t reason;
     uint8_t has_gpa;
+    uint8_t pasid_table; /* at an entry of a PASID table */
+    uint8_t table;    /* stage 2 (or memory gone): at an entry of a stage-1 table, not at the data */
 } vio_fault;
 
 typedef struct {
@@ -82,9 +147,42 @@ typedef struct {
     uint64_t length;
 } vio_segment;
 
+/* An entry on the path of a translation. */
+typedef struct {
+    uint64_t input;      /* address that is translated: IOVA by stage 1, GPA by stage 2 */
+    uint64_t address;    /* of the entry: GPA in stage 1, HVA in stage 2 */
+    uint64_t entry;      /* as read, if `read` */
+    uint64_t output;     /* base of the leaf or of the next table, if `decoded` */
+    uint8_t stage;
+    uint8_t level;
+    uint8_t table_of;    /* stage 2: level of the entry of a guest's that it leads to; 0: it leads to the data */
+    uint8_t pasid_table; /* an entry of a PASID table, or of stage 2 that leads to one */
+    uint8_t read;        /* 0: its memory is gone */
+    uint8_t decoded;     /* 0: it leads nowhere, for `reason` */
+    uint8_t next;        /* level of the next table; 0: a leaf */
+    uint8_t size_lg2;    /* of the leaf */
+    uint8_t permissions; /* VIO_READ, WRITE, EXECUTE: what this entry and the leaf permit together, for the request's
+                            privilege; VIO_PRIVILEGED: not known, as the walk reached no leaf */
+    int8_t accessed, dirty; /* 1: set, 0: a request would have to set it, -1: there is none */
+    uint8_t reason;      /* why the path ends here, 0: it does not */
+} vio_step;
+
+#define VIO_PATH_STEPS 96
+
+/* The path of one translation: all entries, in the order in which they are read. */
+typedef struct {
+    vio_step steps[VIO_PATH_STEPS];
+    uint32_t count;
+    uint32_t ioasid, parent; /* 0: none */
+    int format, parent_format; /* numbers for vio_format_name, -1: none */
+    int found;               /* 1: translation is valid; 0: fault is */
+    vio_translation translation;
+    vio_fault fault;
+} vio_path;
+
 typedef struct {
     uint64_t iotlb_hits, iotlb_misses, iotlb_evictions, walks, requests, bytes, faults;
-    uint64_t spaces, routes, table_pages;
+    uint64_t spaces, routes, table_pages, faults_dropped;
 } vio_counters;
 
 typedef struct {
@@ -98,24 +196,40 @@ typedef struct {
 /* engine.c */
 int vio_engine_create(uint32_t iotlb_entries, vio_engine **out);
 void vio_engine_destroy(vio_engine *engine);
+void vio_invalidate_all(vio_engine *engine);
 void vio_engine_counters(vio_engine *engine, vio_counters *out);
 int vio_format_find(const char *name);
+const char *vio_format_name(int format);
 
 /* space.c */
-int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, uint32_t levels);
+int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table);
 int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent);
 int vio_space_destroy(vio_engine *engine, uint32_t ioasid);
 int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access);
 int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size);
-int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t root, uint32_t levels, uint32_t flags);
+int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t access);
+/* The table of a host-managed space, its root an HVA; of a nested one: what is bound. For tests and explanations. */
+int vio_space_table_get(vio_engine *engine, uint32_t ioasid, vio_table *out);
+int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table);
 int vio_space_unbind(vio_engine *engine, uint32_t ioasid);
 int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last);
 int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counters *out);
+
+/* pasid.c */
+int vio_pasid_format_find(const char *name);
+int vio_pasid_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_pasid_table *options);
+int vio_pasid_invalidate(vio_engine *engine, uint32_t ioasid, uint32_t pasid, uint64_t first, uint64_t last);
+
+/* dirty.c: bit i of the bitmap, zeroed by the caller, stands for the 2^page_lg2 bytes from iova + i * 2^page_lg2 */
+int vio_dirty_set(vio_engine *engine, uint32_t ioasid, int on);
+int vio_dirty_read(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t page_lg2, int clear,
+                   uint8_t *bitmap);
 
 /* route.c */
 int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t ioasid, uint32_t access);
 int vio_route_block(vio_engine *engine, uint32_t rid, uint32_t pasid);
 int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid);
+int vio_invalidate_device(vio_engine *engine, uint32_t rid);
 int vio_route_counters_get(vio_engine *engine, uint32_t rid, uint32_t pasid, vio_route_counters *out);
 
 /* dma.c */
@@ -124,6 +238,53 @@ int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iov
 int vio_dma(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, void *buffer, uint64_t length, int write);
 int vio_dma_scatter(vio_engine *engine, uint32_t rid, uint32_t pasid, const vio_segment *segments, uint64_t count,
                     void *buffer, int write);
+int vio_dma_fill(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t length, uint64_t pattern,
+                 uint32_t width);
+int vio_dma_copy(vio_engine *engine, uint32_t from_rid, uint32_t from_pasid, uint64_t from, uint32_t to_rid,
+                 uint32_t to_pasid, uint64_t to, uint64_t length);
 int vio_store(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t value, uint32_t width);
 int vio_load(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t width, uint64_t *out);
+
+/* atomic.c: operand, compare and before are of 128 bits, low half first. */
+int vio_atomic(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, int operation, uint32_t width,
+               const uint64_t *operand, const uint64_t *compare, uint64_t *before);
+
+/*
+ * batch.c: one answer an IOVA, in columns as long as there are IOVAs. reasons[i] is 0 and what a translation has holds,
+ * or it is the reason of a fault and what a fault has holds; the rest is 0.
+ */
+typedef struct {
+    uint64_t *hvas, *gpas, *sizes;                 /* of translations */
+    uint64_t *fault_gpas, *entries;                /* of faults */
+    uint8_t *access;                               /* of translations */
+    uint8_t *reasons, *stages, *levels, *tables; /* of faults */
+} vio_answers;
+
+int vio_translate_many(vio_engine *engine, uint32_t rid, uint32_t pasid, const uint64_t *iovas, uint64_t count,
+                       uint32_t access, const vio_answers *out);
+
+/*
+ * guest_table.c: a table in memory whose GPA 0 lies at `memory`, its tables in GPAs [first, first + size). What is mapped
+ * is a GPA; access is of VIO_READ, VIO_WRITE, VIO_EXECUTE. `get` tells what to bind.
+ */
+typedef struct vio_guest_table vio_guest_table;
+int vio_guest_table_create(int format, const vio_table *table, void *memory, uint64_t first, uint64_t size,
+                           vio_guest_table **out);
+void vio_guest_table_destroy(vio_guest_table *table);
+void vio_guest_table_get(vio_guest_table *table, vio_table *out);
+int vio_guest_table_map(vio_guest_table *table, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t access);
+int vio_guest_table_unmap(vio_guest_table *table, uint64_t iova, uint64_t size);
+int vio_guest_table_protect(vio_guest_table *table, uint64_t iova, uint64_t size, uint32_t access);
+/* Of leaves, whose dirty bit stands for all their pages; bitmap as in vio_dirty_read. */
+int vio_guest_table_read_dirty(vio_guest_table *table, uint64_t iova, uint64_t size, uint32_t page_lg2, int clear,
+                               uint8_t *bitmap);
+
+/* lookup.c */
+int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access, vio_path *out);
+
+/* request.c: of this thread's last request that was answered by VIO_FAULT. */
 const vio_fault *vio_last_fault(void);
+
+/* faults.c: take the oldest ones out of the ring; how many. */
+uint32_t vio_faults(vio_engine *engine, vio_fault *out, uint32_t room);
+uint64_t vio_faults_dropped(vio_engine *engine);

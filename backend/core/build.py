@@ -5,7 +5,10 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("guard", "index", "pool", "iotlb", "engine", "walk", "host_table", "space", "route", "dma")
+SOURCES = (
+    "gate", "guard", "index", "pool", "iotlb", "engine", "walk", "host_table", "dirty", "space", "pasid", "route",
+    "faults", "request", "dma", "atomic", "batch", "guest_table", "lookup",
+)  # fmt: skip
 FLAGS = ("-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread")
 
 

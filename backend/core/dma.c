@@ -1,329 +1,130 @@
-/*
- * Requests: translate, copy, single stores and loads. Each is one call that holds the engine's lock shared from the
- * route's look-up to the last byte, guarded against memory that goes away.
- */
+/* DMA: translate, read, write, scatter, fill, copy, single stores and loads. One call each; see request.h. */
 #include <string.h>
 
-#include "engine.h"
-
-#define PAGE 4096u
-
-/* A request under way. It outlives the guarded part, so what it holds is still known after memory was lost. */
-struct job {
-    struct vio_engine *engine;
-    struct route *route;
-    struct space *space;
-    uint32_t tag;
-    unsigned need, permitted; /* by the route */
-    /* copy: a list of segments on one side, one buffer on the other */
-    const vio_segment *segments;
-    uint64_t count;
-    uint8_t *buffer;
-    uint64_t segment, offset, done;
-    uint64_t step; /* most bytes touched at once: all, until memory was lost, then a page */
-    /* single access */
-    uint64_t value;
-    unsigned width;
-    /* where it stands */
-    uint64_t iova;
-    struct iotlb_hit hit;
-    struct walk walk;
-    /* counted here, added up at the end */
-    bool moved;
-    uint64_t hits, misses, evictions, walks;
-};
-
-static __thread vio_fault last_fault;
-
-const vio_fault *vio_last_fault(void)
-{
-    return &last_fault;
-}
-
-/* Translation by a walk; entered into the IOTLB. */
-static __attribute__((noinline)) int walk_and_fill(struct job *job, struct guard *guard)
-{
-    struct space *space = job->space;
-    struct walk *walk = &job->walk;
-    struct iotlb *iotlb = &job->engine->iotlb;
-    uint64_t offset_mask;
-    int reason;
-
-    walk->iova = job->iova;
-    walk->need = job->need;
-    job->walks++;
-    reason = space->walk(space, guard, walk);
-    if (reason)
-        return reason;
-    offset_mask = (1ull << walk->size_lg2) - 1;
-    if (iotlb->sets) {
-        job->misses++;
-        job->evictions += iotlb_fill(iotlb, job->tag, walk->iova & ~offset_mask, walk->size_lg2,
-                                     walk->hva & ~offset_mask, walk->gpa & ~offset_mask, walk->perm);
-        if (!(__atomic_load_n(&space->sizes, __ATOMIC_RELAXED) >> walk->size_lg2 & 1))
-            __atomic_fetch_or(&space->sizes, 1ull << walk->size_lg2, __ATOMIC_RELAXED);
-    }
-    job->hit.hva = walk->hva;
-    job->hit.gpa = walk->gpa;
-    job->hit.size = offset_mask + 1 - (walk->iova & offset_mask);
-    job->hit.perm = walk->perm;
-    return 0;
-}
-
-/* Translate job->iova into job->hit. */
-static inline int translate(struct job *job, struct guard *guard)
-{
-    struct iotlb *iotlb = &job->engine->iotlb;
-    uint64_t sizes = __atomic_load_n(&job->space->sizes, __ATOMIC_RELAXED);
-
-    if (iotlb->sets && iotlb_lookup(iotlb, job->tag, sizes, job->iova, &job->hit) && !(job->need & ~job->hit.perm)) {
-        job->hits++;
-    } else {
-        int reason = walk_and_fill(job, guard);
-
-        if (reason)
-            return reason;
-    }
-    job->moved |= job->hit.gpa != job->iova;
-    return 0;
-}
+#include "request.h"
 
 static int run_translate(struct guard *guard, void *context)
 {
-    return translate(context, guard);
-}
-
-/* Announce the bytes about to be touched; the job is in memory, as it stands, before they are. */
-static inline void about_to_touch(const struct job *job, struct guard *guard, uint64_t size)
-{
-    guard_memory(guard, job->hit.hva, size);
-    __asm__ volatile("" ::: "memory");
-}
-
-/* A copy evicts the IOTLB from the CPU's nearest caches: fetch the next page's set while this page is copied. */
-static inline void prefetch_next(const struct job *job, uint64_t size)
-{
-    uint64_t sizes = __atomic_load_n(&job->space->sizes, __ATOMIC_RELAXED);
-
-    if (sizes && job->engine->iotlb.sets)
-        iotlb_prefetch(&job->engine->iotlb, job->tag, sizes, job->iova + size);
-}
-
-static int run_copy(struct guard *guard, void *context)
-{
     struct job *job = context;
 
-    for (; job->segment < job->count; job->segment++, job->offset = 0) {
-        const vio_segment *segment = &job->segments[job->segment];
-
-        if (segment->length && segment->iova + (segment->length - 1) < segment->iova) {
-            job->iova = segment->iova;
-            return VIO_REASON_ADDRESS_WIDTH;
-        }
-        while (job->offset < segment->length) {
-            uint64_t size = segment->length - job->offset;
-            void *memory;
-            int reason;
-
-            job->iova = segment->iova + job->offset;
-            reason = translate(job, guard);
-            if (reason)
-                return reason;
-            memory = (void *)(uintptr_t)job->hit.hva;
-            if (size > job->hit.size)
-                size = job->hit.size;
-            if (size > job->step)
-                size = job->step;
-            if (job->step == PAGE && size > PAGE - job->hit.hva % PAGE)
-                size = PAGE - job->hit.hva % PAGE;
-            prefetch_next(job, size);
-            about_to_touch(job, guard, size);
-            if (job->need & VIO_WRITE)
-                memcpy(memory, job->buffer + job->done, size);
-            else
-                memcpy(job->buffer + job->done, memory, size);
-            job->offset += size;
-            job->done += size;
-        }
-    }
-    return 0;
-}
-
-static int run_single(struct guard *guard, void *context)
-{
-    struct job *job = context;
-    void *memory;
-    int reason;
-
-    if (job->iova % job->width) /* aligned, it lies in one page and is one access of the CPU */
-        return VIO_REASON_MISALIGNED;
-    reason = translate(job, guard);
-    if (reason)
-        return reason;
-    memory = (void *)(uintptr_t)job->hit.hva;
-    about_to_touch(job, guard, job->width);
-    if (job->need & VIO_WRITE) {
-        /* What it publishes is written before it, and an event index stored so is seen before the index is read anew. */
-        switch (job->width) {
-        case 1: __atomic_store_n((uint8_t *)memory, (uint8_t)job->value, __ATOMIC_SEQ_CST); break;
-        case 2: __atomic_store_n((uint16_t *)memory, (uint16_t)job->value, __ATOMIC_SEQ_CST); break;
-        case 4: __atomic_store_n((uint32_t *)memory, (uint32_t)job->value, __ATOMIC_SEQ_CST); break;
-        default: __atomic_store_n((uint64_t *)memory, job->value, __ATOMIC_SEQ_CST); break;
-        }
-    } else {
-        switch (job->width) {
-        case 1: job->value = __atomic_load_n((uint8_t *)memory, __ATOMIC_SEQ_CST); break;
-        case 2: job->value = __atomic_load_n((uint16_t *)memory, __ATOMIC_SEQ_CST); break;
-        case 4: job->value = __atomic_load_n((uint32_t *)memory, __ATOMIC_SEQ_CST); break;
-        default: job->value = __atomic_load_n((uint64_t *)memory, __ATOMIC_SEQ_CST); break;
-        }
-    }
-    job->done = job->width;
-    return 0;
-}
-
-/* Run the guarded part; 0, a reason (the walk telling stage, level and entry), or a negative status. */
-static int run_guarded(struct job *job, int (*body)(struct guard *, void *))
-{
-    struct guard guard;
-    int reason = 0;
-
-    guard.buffer.first = (uintptr_t)job->buffer;
-    guard.buffer.size = 0;
-    for (uint64_t i = 0; i < job->count; i++)
-        guard.buffer.size += job->segments[i].length;
-    for (;;) {
-        switch (guard_run(&guard, body, job, &reason)) {
-        case GUARD_OK:
-            return reason;
-        case GUARD_BUFFER:
-            return VIO_ERR_BUFFER;
-        default:
-            break;
-        }
-        if (job->walk.reading_level) { /* a table of the guest's */
-            job->walk.stage = 1;
-            job->walk.level = job->walk.reading_level;
-            job->walk.fault_gpa = job->walk.reading_gpa;
-            job->walk.has_gpa = true;
-            return VIO_REASON_MEMORY_GONE;
-        }
-        if (job->count && job->step != PAGE) {
-            job->step = PAGE; /* once more by pages, to know how many bytes are done */
-            continue;
-        }
-        job->walk.stage = 2;
-        job->walk.fault_gpa = job->hit.gpa;
-        job->walk.has_gpa = true;
-        return VIO_REASON_MEMORY_GONE;
-    }
-}
-
-/* Look the route up; 0, or why its requests go nowhere. */
-static int find_route(struct job *job, uint32_t rid, uint32_t pasid)
-{
-    job->route = index_find(&job->engine->routes, route_key(rid, pasid));
-    if (!job->route || (!job->route->space && !job->route->blocked))
-        return VIO_REASON_NO_ROUTE;
-    job->space = job->route->space;
-    if (!job->space)
-        return VIO_REASON_BLOCKED;
-    job->permitted = job->route->access;
-    if (job->need & ~job->permitted)
-        return VIO_REASON_PERMISSION;
-    if (!job->space->walk)
-        return VIO_REASON_NOT_BOUND;
-    job->tag = space_tag(job->engine, job->space);
-    return 0;
-}
-
-static void account(const struct job *job, bool fault)
-{
-    vio_counters *all = &job->engine->counters;
-
-    count(&all->requests, 1);
-    count(&all->bytes, job->done);
-    count(&all->faults, fault);
-    count(&all->iotlb_hits, job->hits);
-    count(&all->iotlb_misses, job->misses);
-    count(&all->iotlb_evictions, job->evictions);
-    count(&all->walks, job->walks);
-    if (job->route) {
-        count(&job->route->counters.requests, 1);
-        count(&job->route->counters.bytes, job->done);
-        count(&job->route->counters.faults, fault);
-        count(&job->route->counters.nested, job->space && job->space->parent);
-        count(&job->route->counters.direct, job->space && !job->space->parent);
-        count(&job->route->counters.moved, job->moved);
-    }
-    if (job->space) {
-        vio_space_counters *counters = &job->space->counters;
-
-        count(&counters->requests, 1);
-        count(&counters->bytes, job->done);
-        count(&counters->faults, fault);
-        count(&counters->moved, job->moved);
-        count(&counters->iotlb_hits, job->hits);
-        count(&counters->iotlb_misses, job->misses);
-    }
-}
-
-static int request(struct job *job, uint32_t rid, uint32_t pasid, int (*body)(struct guard *, void *))
-{
-    int reason;
-
-    pthread_rwlock_rdlock(&job->engine->lock);
-    reason = find_route(job, rid, pasid);
-    if (!reason)
-        reason = run_guarded(job, body);
-    account(job, reason > 0);
-    if (reason > 0) {
-        const struct walk *walk = &job->walk;
-
-        last_fault = (vio_fault){.iova = job->iova,
-                                 .gpa = walk->fault_gpa,
-                                 .entry = walk->entry,
-                                 .done = job->done,
-                                 .rid = rid,
-                                 .pasid = pasid,
-                                 .ioasid = job->space ? job->space->ioasid : 0,
-                                 .access = (uint8_t)job->need,
-                                 .stage = (uint8_t)walk->stage,
-                                 .level = (uint8_t)walk->level,
-                                 .reason = (uint8_t)reason,
-                                 .has_gpa = walk->has_gpa};
-        reason = VIO_FAULT;
-    }
-    pthread_rwlock_unlock(&job->engine->lock);
-    return reason;
+    return request_translate(job, &job->request, guard);
 }
 
 int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access,
                   vio_translation *out)
 {
-    struct job job = {.engine = engine, .need = access, .iova = iova};
+    struct job job = {.engine = engine, .request = {.rid = rid, .pasid = pasid, .need = access, .iova = iova}};
+    const struct request *request = &job.request;
     int status;
 
-    if (!access || (access & ~(uint32_t)RW_BOTH))
+    if (!(access & PT_RWX) || (access & ~(uint32_t)(PT_RWX | VIO_PRIVILEGED)))
         return VIO_ERR_VALUE;
-    status = request(&job, rid, pasid, run_translate);
+    status = job_run(&job, run_translate);
     if (!status)
-        *out = (vio_translation){job.hit.hva, job.hit.size, job.hit.gpa, job.hit.perm & job.permitted};
+        *out = (vio_translation){request->hit.hva, request->hit.size, request->hit.gpa,
+                                 request_permitted(request, request->hit.perm)};
     return status;
+}
+
+/* Between a list of segments and a buffer, or a pattern. */
+struct list {
+    struct job job;
+    const vio_segment *segments;
+    uint64_t count;
+    uint64_t segment, offset; /* where it stands */
+    uint8_t *buffer;
+    const uint8_t *pattern; /* PATTERN_SIZE bytes, the pattern over and over; NULL: the buffer */
+};
+
+#define PATTERN_PERIOD 8 /* every width divides it */
+#define PATTERN_SIZE (PAGE + PATTERN_PERIOD)
+
+/* A copy evicts the IOTLB from the CPU's nearest caches: fetch the next page's set while this page is copied. */
+static inline void prefetch_next(const struct job *job, uint64_t size)
+{
+    const struct request *request = &job->request;
+    uint64_t sizes = __atomic_load_n(&request->space->scope.sizes, __ATOMIC_RELAXED);
+
+    if (sizes && job->engine->iotlb.sets)
+        iotlb_prefetch(&job->engine->iotlb, request->tag, sizes, request->iova + size);
+}
+
+static inline uint64_t least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Bytes from the request's place to the end of its page. */
+static inline uint64_t page_rest(const struct request *request)
+{
+    return PAGE - request->hit.hva % PAGE;
+}
+
+static int run_list(struct guard *guard, void *context)
+{
+    struct list *list = context;
+    struct job *job = &list->job;
+    struct request *request = &job->request;
+
+    while (list->segment < list->count) {
+        const vio_segment *segment = &list->segments[list->segment];
+        uint64_t size = segment->length - list->offset;
+        void *memory;
+        int reason;
+
+        request->iova = segment->iova + list->offset; /* before a pause: its route may be gone after it */
+        if (must_pause(job))
+            return JOB_PAUSED;
+        if (!size) {
+            list->segment++;
+            list->offset = 0;
+            job->budget -= sizeof *segment;
+            continue;
+        }
+        if (segment->iova + (segment->length - 1) < segment->iova)
+            return VIO_REASON_ADDRESS_WIDTH;
+        reason = request_translate(job, request, guard);
+        if (reason)
+            return reason;
+        memory = (void *)(uintptr_t)request->hit.hva;
+        size = least(size, least(request->hit.size, JOB_BUDGET));
+        if (job->by_pages)
+            size = least(size, page_rest(request));
+        if (list->pattern)
+            size = least(size, PAGE);
+        job->budget -= (int64_t)size + STEP_COST;
+        prefetch_next(job, size);
+        about_to_touch(request, guard, 0, size);
+        if (request->need & VIO_WRITE) {
+            dirty_mark(request->dirty, request->hit.gpa, size); /* before: a loss may come after any byte of it */
+            memcpy(memory, list->pattern ? list->pattern + job->done % PATTERN_PERIOD : list->buffer + job->done, size);
+        } else {
+            memcpy(list->buffer + job->done, memory, size);
+        }
+        list->offset += size;
+        job->done += size;
+    }
+    return 0;
 }
 
 int vio_dma_scatter(vio_engine *engine, uint32_t rid, uint32_t pasid, const vio_segment *segments, uint64_t count,
                     void *buffer, int write)
 {
-    struct job job = {.engine = engine,
-                      .need = write ? VIO_WRITE : VIO_READ,
-                      .iova = count ? segments[0].iova : 0,
-                      .segments = segments,
-                      .count = count,
-                      .buffer = buffer,
-                      .step = UINT64_MAX};
+    struct list list = {
+        .job = {.engine = engine,
+                .request = {.rid = rid, .pasid = pasid, .need = write ? VIO_WRITE : VIO_READ},
+                .in_parts = true,
+                .buffer = buffer},
+        .segments = segments,
+        .count = count,
+        .buffer = buffer,
+    };
 
-    return request(&job, rid, pasid, run_copy);
+    if (count)
+        list.job.request.iova = segments[0].iova;
+    for (uint64_t i = 0; i < count; i++)
+        list.job.buffer_size += segments[i].length;
+    return job_run(&list.job, run_list);
 }
 
 int vio_dma(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, void *buffer, uint64_t length, int write)
@@ -333,27 +134,175 @@ int vio_dma(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, voi
     return vio_dma_scatter(engine, rid, pasid, &segment, 1, buffer, write);
 }
 
-static int single(struct job *job, uint32_t rid, uint32_t pasid)
+static bool width_ok(uint32_t width)
 {
-    if ((job->width != 1 && job->width != 2 && job->width != 4 && job->width != 8) ||
-        (job->width < 8 && job->value >> 8 * job->width))
+    return width == 1 || width == 2 || width == 4 || width == 8;
+}
+
+static bool fits(uint64_t value, uint32_t width)
+{
+    return width == 8 || !(value >> 8 * width);
+}
+
+int vio_dma_fill(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t length, uint64_t pattern,
+                 uint32_t width)
+{
+    uint8_t block[PATTERN_SIZE];
+    vio_segment segment = {iova, length};
+    struct list list = {
+        .job = {.engine = engine,
+                .request = {.rid = rid, .pasid = pasid, .need = VIO_WRITE, .iova = iova},
+                .in_parts = true},
+        .segments = &segment,
+        .count = 1,
+        .pattern = block,
+    };
+
+    if (!width_ok(width) || !fits(pattern, width))
         return VIO_ERR_VALUE;
-    return request(job, rid, pasid, run_single);
+    for (size_t at = 0; at < least(sizeof block, length + PATTERN_PERIOD); at++)
+        block[at] = (uint8_t)(pattern >> 8 * (at % width));
+    return job_run(&list.job, run_list);
+}
+
+struct copy {
+    struct job job; /* its request reads */
+    struct request write;
+    uint64_t from, to, length;
+};
+
+/*
+ * Between two places of guest memory, each piece by one memmove. Where the IOVAs overlap with the target behind the
+ * source it goes from the end down, page by page, so that nothing is written before it was read.
+ */
+static int run_copy(struct guard *guard, void *context)
+{
+    struct copy *copy = context;
+    struct job *job = &copy->job;
+    struct request *read = job->at = &job->request, *write = &copy->write;
+    bool down = copy->to - copy->from < copy->length && copy->to != copy->from;
+
+    if (copy->length && copy->from + (copy->length - 1) < copy->from)
+        return VIO_REASON_ADDRESS_WIDTH;
+    job->at = write;
+    if (copy->length && copy->to + (copy->length - 1) < copy->to)
+        return VIO_REASON_ADDRESS_WIDTH;
+    while (job->done < copy->length) {
+        uint64_t size = copy->length - job->done, offset = down ? size - 1 : job->done;
+        uint64_t back = 0; /* from where we stand to where the piece begins */
+        int reason;
+
+        read->iova = copy->from + offset;
+        write->iova = copy->to + offset;
+        if (must_pause(job))
+            return JOB_PAUSED;
+        reason = request_translate(job, read, guard);
+        if (!reason)
+            reason = request_translate(job, write, guard);
+        if (reason)
+            return reason;
+        if (down) {
+            size = least(size, least(read->hit.hva % PAGE, write->hit.hva % PAGE) + 1);
+            back = size - 1;
+        } else {
+            size = least(size, least(JOB_BUDGET, least(read->hit.size, write->hit.size)));
+            if (job->by_pages)
+                size = least(size, least(page_rest(read), page_rest(write)));
+        }
+        job->budget -= (int64_t)size + 2 * STEP_COST;
+        guard->buffer.first = write->hit.hva - back;
+        guard->buffer.size = size;
+        about_to_touch(read, guard, back, size);
+        dirty_mark(write->dirty, write->hit.gpa - back, size);
+        memmove((void *)(uintptr_t)(write->hit.hva - back), (const void *)(uintptr_t)(read->hit.hva - back), size);
+        job->done += size;
+    }
+    return 0;
+}
+
+int vio_dma_copy(vio_engine *engine, uint32_t from_rid, uint32_t from_pasid, uint64_t from, uint32_t to_rid,
+                 uint32_t to_pasid, uint64_t to, uint64_t length)
+{
+    struct copy copy = {
+        .job = {.engine = engine,
+                .request = {.rid = from_rid, .pasid = from_pasid, .need = VIO_READ, .iova = from},
+                .second = &copy.write,
+                .in_parts = true},
+        .write = {.rid = to_rid, .pasid = to_pasid, .need = VIO_WRITE, .iova = to},
+        .from = from,
+        .to = to,
+        .length = length,
+    };
+
+    return job_run(&copy.job, run_copy);
+}
+
+struct single {
+    struct job job;
+    uint64_t value;
+    unsigned width;
+};
+
+static int run_single(struct guard *guard, void *context)
+{
+    struct single *single = context;
+    struct request *request = &single->job.request;
+    void *memory;
+    int reason;
+
+    if (request->iova % single->width) /* aligned, it lies in one page and is one access of the CPU */
+        return VIO_REASON_MISALIGNED;
+    reason = request_translate(&single->job, request, guard);
+    if (reason)
+        return reason;
+    memory = (void *)(uintptr_t)request->hit.hva;
+    about_to_touch(request, guard, 0, single->width);
+    if (request->need & VIO_WRITE) {
+        dirty_mark(request->dirty, request->hit.gpa, single->width);
+        switch (single->width) { /* release: what it publishes is written before it */
+        case 1: __atomic_store_n((uint8_t *)memory, (uint8_t)single->value, __ATOMIC_RELEASE); break;
+        case 2: __atomic_store_n((uint16_t *)memory, (uint16_t)single->value, __ATOMIC_RELEASE); break;
+        case 4: __atomic_store_n((uint32_t *)memory, (uint32_t)single->value, __ATOMIC_RELEASE); break;
+        default: __atomic_store_n((uint64_t *)memory, single->value, __ATOMIC_RELEASE); break;
+        }
+        __sync_synchronize(); /* whoever stores an event index must then read the index anew */
+    } else {
+        switch (single->width) {
+        case 1: single->value = __atomic_load_n((uint8_t *)memory, __ATOMIC_ACQUIRE); break;
+        case 2: single->value = __atomic_load_n((uint16_t *)memory, __ATOMIC_ACQUIRE); break;
+        case 4: single->value = __atomic_load_n((uint32_t *)memory, __ATOMIC_ACQUIRE); break;
+        default: single->value = __atomic_load_n((uint64_t *)memory, __ATOMIC_ACQUIRE); break;
+        }
+    }
+    single->job.done = single->width;
+    return 0;
 }
 
 int vio_store(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t value, uint32_t width)
 {
-    struct job job = {.engine = engine, .need = VIO_WRITE, .iova = iova, .value = value, .width = width};
+    struct single single = {
+        .job = {.engine = engine, .request = {.rid = rid, .pasid = pasid, .need = VIO_WRITE, .iova = iova}},
+        .value = value,
+        .width = width,
+    };
 
-    return single(&job, rid, pasid);
+    if (!width_ok(width) || !fits(value, width))
+        return VIO_ERR_VALUE;
+    return job_run(&single.job, run_single);
 }
 
 int vio_load(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t width, uint64_t *out)
 {
-    struct job job = {.engine = engine, .need = VIO_READ, .iova = iova, .width = width};
-    int status = single(&job, rid, pasid);
+    struct single single = {
+        .job = {.engine = engine, .request = {.rid = rid, .pasid = pasid, .need = VIO_READ, .iova = iova}},
+        .width = width,
+    };
+    int status;
 
+    if (!width_ok(width))
+        return VIO_ERR_VALUE;
+    status = job_run(&single.job, run_single);
     if (!status)
-        *out = job.value;
+        *out = single.value;
     return status;
 }

@@ -1,20 +1,13 @@
-/* Engine: creation, IOTLB tags, totals. */
+/* Engine: creation, totals. */
 #define _GNU_SOURCE
 #include "engine.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-/*
- * Tags are given out upward; before they run out, at a change that holds the lock alone, all start again. Between two
- * such changes only children renew theirs, each at most once, so VIO_MAX_SPACES of headroom are enough.
- */
-#define LAST_TAG (UINT32_MAX - 2 * VIO_MAX_SPACES)
-
 int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
 {
     struct vio_engine *engine = calloc(1, sizeof *engine);
-    pthread_rwlockattr_t attributes;
     int status;
 
     if (!engine)
@@ -24,7 +17,16 @@ int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
         free(engine);
         return status;
     }
-    if (guard_install() || index_init(&engine->spaces) || index_init(&engine->routes)) {
+    status = fault_ring_init(&engine->faults);
+    if (status) {
+        iotlb_deinit(&engine->iotlb);
+        free(engine);
+        return status;
+    }
+    engine->of_rid = calloc(RIDS, sizeof *engine->of_rid); /* 1 MiB of zeroes, of which the host gives what is used */
+    if (!engine->of_rid || guard_install() || index_init(&engine->spaces) || index_init(&engine->routes)) {
+        free(engine->of_rid);
+        fault_ring_deinit(&engine->faults);
         index_deinit(&engine->spaces);
         index_deinit(&engine->routes);
         iotlb_deinit(&engine->iotlb);
@@ -32,84 +34,50 @@ int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
         return VIO_ERR_MEMORY;
     }
     pool_init(&engine->pool);
-    pthread_rwlockattr_init(&attributes);
-    /* else a stream of DMA would keep an unmap waiting for ever */
-    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-    pthread_rwlock_init(&engine->lock, &attributes);
-    pthread_rwlockattr_destroy(&attributes);
-    pthread_mutex_init(&engine->tag_lock, NULL);
-    engine->next_tag = 1;
+    gate_init(&engine->gate);
     *out = engine;
     return VIO_OK;
 }
 
 void vio_engine_destroy(vio_engine *engine)
 {
-    for (size_t i = 0; i <= engine->spaces.mask; i++)
-        free(engine->spaces.slots[i].value); /* its table pages go with the pool */
-    for (size_t i = 0; i <= engine->routes.mask; i++)
-        free(engine->routes.slots[i].value);
-    index_deinit(&engine->spaces);
-    index_deinit(&engine->routes);
-    iotlb_deinit(&engine->iotlb);
-    pool_deinit(&engine->pool);
-    pthread_mutex_destroy(&engine->tag_lock);
-    pthread_rwlock_destroy(&engine->lock);
-    free(engine);
-}
-
-void vio_engine_counters(vio_engine *engine, vio_counters *out)
-{
-    pthread_rwlock_wrlock(&engine->lock);
-    *out = engine->counters;
-    out->spaces = engine->spaces.used;
-    out->routes = engine->routes.used;
-    out->table_pages = engine->pool.pages;
-    pthread_rwlock_unlock(&engine->lock);
-}
-
-static void restart_tags(struct vio_engine *engine)
-{
-    iotlb_flush(&engine->iotlb);
-    engine->next_tag = 1;
     for (size_t i = 0; i <= engine->spaces.mask; i++) {
         struct space *space = engine->spaces.slots[i].value;
 
         if (!space)
             continue;
-        space->tag = engine->next_tag++;
-        space->sizes = 0;
+        dirty_free(space->dirty, &engine->pool);
+        pasid_table_free(engine, space->pasids);
+        free(space); /* its table pages go with the pool */
     }
+    for (size_t i = 0; i <= engine->routes.mask; i++)
+        free(engine->routes.slots[i].value);
+    index_deinit(&engine->spaces);
+    index_deinit(&engine->routes);
+    iotlb_deinit(&engine->iotlb);
+    free(engine->of_rid);
+    fault_ring_deinit(&engine->faults);
+    pool_deinit(&engine->pool);
+    gate_deinit(&engine->gate);
+    free(engine);
 }
 
-void engine_forget_space(struct vio_engine *engine, struct space *space)
+void vio_engine_counters(vio_engine *engine, vio_counters *out)
 {
-    if (engine->next_tag >= LAST_TAG)
-        restart_tags(engine);
-    space->tag = engine->next_tag++;
-    space->sizes = 0;
-    space->seen = space->parent ? space->parent->epoch : 0;
+    engine_change_begin(engine);
+    *out = engine->counters;
+    out->spaces = engine->spaces.used;
+    out->routes = engine->routes.used;
+    out->table_pages = engine->pool.pages;
+    out->faults_dropped = vio_faults_dropped(engine);
+    engine_change_end(engine);
 }
 
-void engine_forget_range(struct vio_engine *engine, struct space *space, uint64_t first, uint64_t last)
+void vio_invalidate_all(vio_engine *engine)
 {
-    if (!iotlb_forget(&engine->iotlb, space->tag, space->sizes, first, last))
-        engine_forget_space(engine, space);
-    /* Children's entries are found by their IOVA, not by ours: they get a new tag when next used. */
-    space->epoch++;
-    if (engine->next_tag >= LAST_TAG)
-        restart_tags(engine);
-}
-
-void space_renew_tag(struct vio_engine *engine, struct space *space)
-{
-    pthread_mutex_lock(&engine->tag_lock);
-    if (space->seen != space->parent->epoch) {
-        space->tag = engine->next_tag++;
-        space->sizes = 0;
-        __atomic_store_n(&space->seen, space->parent->epoch, __ATOMIC_RELEASE);
-    }
-    pthread_mutex_unlock(&engine->tag_lock);
+    engine_change_begin(engine);
+    iotlb_forget(&engine->iotlb, &engine->iotlb.all);
+    engine_change_end(engine);
 }
 
 const struct pt_format *const pt_formats[PT_FORMATS] = {
@@ -124,4 +92,9 @@ int vio_format_find(const char *name)
         if (!strcmp(pt_formats[id]->name, name))
             return id;
     return VIO_ERR_UNKNOWN;
+}
+
+const char *vio_format_name(int format)
+{
+    return pt_formats[format]->name;
 }

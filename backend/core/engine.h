@@ -1,8 +1,10 @@
 /*
- * The engine: one a VM. Spaces, routes, IOTLB and table pages behind one lock.
+ * The engine: one a VM. Spaces, routes, IOTLB and table pages behind one gate.
  *
- * Lock: DMA and translation hold it shared from the route's look-up to the last byte copied; whatever changes a space
- * or a route holds it alone. So once such a change has returned, no request that could have seen the old state runs.
+ * The gate (gate.h): a request passes it before it looks its route up and leaves after the last byte touched. A long
+ * one leaves in between when a change waits, after JOB_BUDGET (request.h) at most, and then starts over from its route with what
+ * is left to do. Whatever changes a space or a route closes the gate for it: so once such a change has returned, no
+ * request that could have seen the old state runs.
  */
 #ifndef VIOASID_ENGINE_H
 #define VIOASID_ENGINE_H
@@ -10,10 +12,14 @@
 #include <pthread.h>
 #include <stdbool.h>
 
+#include "dirty.h"
+#include "faults.h"
 #include "formats/formats.h"
+#include "gate.h"
 #include "guard.h"
 #include "index.h"
 #include "iotlb.h"
+#include "pasid.h"
 #include "pool.h"
 #include "vio.h"
 
@@ -24,15 +30,16 @@ struct space;
 /* A translation asked for, and its answer: the result, or where the walk ended. */
 struct walk {
     uint64_t iova;
-    unsigned need; /* access that must be permitted */
+    unsigned need; /* what must be permitted, in the order of PT_BOTH */
     /* result */
     uint64_t hva, gpa;
     unsigned size_lg2; /* smaller of both stages */
-    unsigned perm;     /* AND of both stages */
+    unsigned perm;     /* AND of both stages; PT_CLEAN of it if a write must walk again */
     /* fault */
     unsigned stage, level;
     uint64_t fault_gpa, entry;
-    bool has_gpa;
+    bool pasid_table;    /* at an entry of a PASID table */
+    bool has_gpa, table; /* table: at an entry of stage 1, not at the data */
     /* stage-1 entry being read, should its memory be gone; level 0: none */
     volatile unsigned reading_level;
     volatile uint64_t reading_gpa;
@@ -44,14 +51,14 @@ struct space {
     uint32_t ioasid;
     int format; /* enum pt_format_id */
     struct pt_config table;
-    walk_fn walk;         /* NULL: nested and not bound */
+    walk_fn walk;         /* NULL: nested and no table bound */
     struct space *parent; /* NULL: host-managed */
     uint32_t children, routes;
+    struct pasid_table *pasids; /* nested: requests are translated by the table of their PASID; NULL: by `table` */
+    struct space *bound;        /* what a PASID leads to: the space that its PASID table is bound to; else NULL */
+    struct dirty *dirty; /* host-managed: pages written by DMA; NULL: not tracked */
 
-    uint32_t tag;   /* of this space's IOTLB entries; changed alone, or under the engine's tag lock (space_tag) */
-    uint64_t sizes; /* bit n: an entry of 2^n bytes was filled under this tag */
-    uint64_t epoch; /* counts what made the children's entries stale */
-    uint64_t seen;  /* the parent's epoch at which our tag was taken */
+    struct iotlb_scope scope;
 
     vio_space_counters counters;
 };
@@ -61,39 +68,83 @@ struct route {
     struct space *space; /* NULL: detached, or blocked */
     unsigned access;
     bool blocked;
-    struct route *older, *newer; /* among the detached, kept for their counters */
+    struct route *older, *newer; /* among the detached, kept for their counters, or among the live ones of its RID */
     vio_route_counters counters;
 };
 
+struct route_list {
+    struct route *oldest, *newest;
+};
+
+#define RIDS 0x10000u
+
+struct pasid_space;
+
 struct vio_engine {
-    pthread_rwlock_t lock;
-    pthread_mutex_t tag_lock;
+    struct gate gate;
     struct index spaces, routes;
-    struct route *oldest, *newest; /* detached routes, in order of detachment */
+    struct route_list detached; /* in order of detachment */
+    struct route_list *of_rid;  /* of each RID: its routes that are not detached */
     struct iotlb iotlb;
     struct pool pool;
-    uint32_t next_tag;
+    struct {
+        struct pasid_space *oldest, *newest;
+        size_t count;
+        uint64_t serial; /* of the PASID table bound last */
+    } pasids; /* that requests found */
+    struct fault_ring faults;
     vio_counters counters;
 };
 
-/* Counters are added to by threads that hold the lock shared. */
+/* A change: no other one, and no request, between begin and end. */
+static inline void engine_change_begin(struct vio_engine *engine)
+{
+    gate_reserve(&engine->gate);
+    gate_close(&engine->gate);
+}
+
+static inline void engine_change_end(struct vio_engine *engine)
+{
+    gate_open(&engine->gate);
+    gate_release(&engine->gate);
+}
+
+/*
+ * A change of a host-managed space's table, done in stints: the gate is closed for each and open in between, so that
+ * requests wait for one stint and not for a whole mapping of a million pages. The gate is reserved throughout. What they
+ * see in between is part of the change, which has not returned yet; and where translations end, none of the range is
+ * held when the gate opens, nor is anything that a table given back had told.
+ */
+struct stint {
+    struct vio_engine *engine;
+    struct space *space;
+    uint64_t first, last;
+    bool ending;      /* translations of the range end */
+    uint64_t entries; /* written in this stint */
+};
+
+#define STINT_ENTRIES 4096 /* 1 to 50 us, as the tables are in the CPU's caches or nowhere near */
+
+extern uint32_t stint_entries; /* STINT_ENTRIES; tests make stints shorter */
+
+void stint_begin(struct stint *stint);
+void stint_end(struct stint *stint);
+
+/* So many entries have been written, and every table is as it may be seen. */
+static inline void stint_wrote(struct stint *stint, uint64_t entries)
+{
+    stint->entries += entries;
+    if (stint->entries >= stint_entries) {
+        stint_end(stint);
+        stint_begin(stint);
+    }
+}
+
+/* Counters are added to by many requests at once. */
 static inline void count(uint64_t *counter, uint64_t n)
 {
     if (n)
         __atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
-}
-
-/* engine.c: tags. The engine's lock is held alone for both. */
-void engine_forget_space(struct vio_engine *engine, struct space *space);
-void engine_forget_range(struct vio_engine *engine, struct space *space, uint64_t first, uint64_t last);
-void space_renew_tag(struct vio_engine *engine, struct space *space); /* engine's lock shared: the parent has changed */
-
-/* Tag of the space's IOTLB entries; a parent's change reaches its children here, when they are next used. */
-static inline uint32_t space_tag(struct vio_engine *engine, struct space *space)
-{
-    if (space->parent && __atomic_load_n(&space->seen, __ATOMIC_ACQUIRE) != space->parent->epoch)
-        space_renew_tag(engine, space);
-    return space->tag;
 }
 
 static inline struct space *space_find(struct vio_engine *engine, uint32_t ioasid)
@@ -101,21 +152,28 @@ static inline struct space *space_find(struct vio_engine *engine, uint32_t ioasi
     return index_find(&engine->spaces, ioasid);
 }
 
+/* space.c: is the table one of this format's? Fills in what its options leave at 0. `host`: a table of ours. */
+bool table_config_ok(int format, struct pt_config *config, bool host);
+
 static inline uint64_t route_key(uint32_t rid, uint32_t pasid)
 {
     return (uint64_t)pasid << 32 | rid;
 }
 
 /* walk.c */
-walk_fn walk_host(int format);                /* NULL: the format cannot hold tables of ours */
-walk_fn walk_nested(int stage1, int stage2); /* NULL: no such pair */
+walk_fn walk_host(int format);
+walk_fn walk_nested(int stage1, int stage2);
 
-/* host_table.c: tables that the core builds. All answer a vio_status. */
+/* host_table.c: tables that the core builds. All but the last answer a vio_status. */
 int host_table_create(struct pool *pool, struct pt_config *table);
-void host_table_destroy(struct pool *pool, const struct pt_format *format, const struct pt_config *table);
-int host_table_map(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
-                   uint64_t hva, uint64_t size, unsigned perm);
-int host_table_unmap(struct pool *pool, const struct pt_format *format, const struct pt_config *table, uint64_t iova,
-                     uint64_t size);
+void host_table_destroy(struct pool *pool, int format, const struct pt_config *table);
+int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t hva, unsigned perm,
+                   struct stint *stint);
+int host_table_unmap(struct pool *pool, int format, const struct pt_config *table, struct stint *stint);
+/* Give a range that is mapped another permission. */
+int host_table_protect(struct pool *pool, int format, const struct pt_config *table, unsigned perm,
+                       struct stint *stint);
+/* The first mapped address of [first, last]; false if nothing there is mapped. */
+bool host_table_next(int format, const struct pt_config *table, uint64_t first, uint64_t last, uint64_t *at);
 
 #endif

@@ -11,6 +11,7 @@ CoreError                     root of all; carries the IOASID and the range the 
 ├── LimitError                a bound of the core is reached
 ├── NoMemoryError             the host has no memory left
 ├── BufferGoneError           the caller's own buffer (a mapped file) went away under the call
+├── UntrackedError            dirty pages were asked for, and the space does not track them
 └── ClosedError               the core was closed
 """
 
@@ -39,7 +40,10 @@ class CoreError(Exception):
 
 
 class BadValueError(CoreError):
-    meaning = "addresses and sizes must be whole 4 KiB pages inside the table's reach, levels and access legal"
+    meaning = (
+        "addresses and sizes must be whole pages (4 KiB, or Arm's granule) inside the table's reach, levels, options"
+        " and access legal in its format"
+    )
 
 
 class UnknownIdError(CoreError):
@@ -78,6 +82,10 @@ class BufferGoneError(CoreError):
     meaning = "the buffer given to the call is a mapping that went away (file truncated?)"
 
 
+class UntrackedError(CoreError):
+    meaning = "the space does not track dirty pages: switch that on first"
+
+
 class ClosedError(CoreError):
     meaning = "the core is closed"
 
@@ -93,4 +101,5 @@ ERRORS: Final[dict[int, type[CoreError]]] = {
     lib.VIO_ERR_LIMIT: LimitError,
     lib.VIO_ERR_MEMORY: NoMemoryError,
     lib.VIO_ERR_BUFFER: BufferGoneError,
+    lib.VIO_ERR_UNTRACKED: UntrackedError,
 }

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-#define FIRST_LOG2 6
+#define FIRST_LOG2 2 /* there may be one for each IOASID */
 
 static int index_alloc(struct index *index, unsigned log2)
 {

@@ -9,14 +9,22 @@
 /* Probing a set costs nanoseconds: up to this many, a range is forgotten exactly; beyond, its space starts anew. */
 #define FORGET_PROBES 512
 
+/*
+ * Tags are given out upward; before they run out, at a change, all start again. Between two changes a scope renews its
+ * tag once at most: the room left is for all spaces and as many PASIDs. Should more renew, they go without.
+ */
+#define NO_TAG UINT32_MAX
+#define LAST_TAG (NO_TAG - 2 * VIO_MAX_SPACES)
+
 int iotlb_init(struct iotlb *iotlb, uint32_t entries)
 {
     uint64_t sets = 1;
     unsigned log2 = 0;
 
-    *iotlb = (struct iotlb){0};
+    *iotlb = (struct iotlb){.next_tag = 1};
     if (entries > VIO_MAX_IOTLB) /* 32 MiB of sets; more would miss the CPU's caches on every look-up */
         return VIO_ERR_LIMIT;
+    pthread_mutex_init(&iotlb->tag_lock, NULL);
     if (!entries)
         return VIO_OK;
     while (sets * IOTLB_WAYS < entries) {
@@ -24,8 +32,10 @@ int iotlb_init(struct iotlb *iotlb, uint32_t entries)
         log2++;
     }
     iotlb->sets = aligned_alloc(sizeof *iotlb->sets, sets * sizeof *iotlb->sets);
-    if (!iotlb->sets)
+    if (!iotlb->sets) {
+        pthread_mutex_destroy(&iotlb->tag_lock);
         return VIO_ERR_MEMORY;
+    }
     iotlb->mask = sets - 1;
     iotlb->shift = log2 ? 64 - log2 : 0;
     memset(iotlb->sets, 0, sets * sizeof *iotlb->sets);
@@ -34,14 +44,9 @@ int iotlb_init(struct iotlb *iotlb, uint32_t entries)
 
 void iotlb_deinit(struct iotlb *iotlb)
 {
+    pthread_mutex_destroy(&iotlb->tag_lock);
     free(iotlb->sets);
     iotlb->sets = NULL;
-}
-
-void iotlb_flush(struct iotlb *iotlb)
-{
-    if (iotlb->sets)
-        memset(iotlb->sets, 0, (iotlb->mask + 1) * sizeof *iotlb->sets);
 }
 
 bool iotlb_fill(struct iotlb *iotlb, uint32_t tag, uint64_t iova, unsigned size_lg2, uint64_t hva, uint64_t gpa,
@@ -77,30 +82,67 @@ bool iotlb_fill(struct iotlb *iotlb, uint32_t tag, uint64_t iova, unsigned size_
     return displaced;
 }
 
-bool iotlb_forget(struct iotlb *iotlb, uint32_t tag, uint64_t sizes, uint64_t first, uint64_t last)
+void iotlb_scope_begin(struct iotlb *iotlb, struct iotlb_scope *scope, struct iotlb_scope *above)
+{
+    *scope = (struct iotlb_scope){.above = above ? above : &iotlb->all, .seen = IOTLB_STALE};
+}
+
+/* Nothing holds a tag afterwards, and no set an entry: all numbers are free again. */
+static void restart_tags(struct iotlb *iotlb)
+{
+    if (iotlb->sets)
+        memset(iotlb->sets, 0, (iotlb->mask + 1) * sizeof *iotlb->sets);
+    iotlb->next_tag = 1;
+    iotlb->all.generation++;
+}
+
+void iotlb_forget_below(struct iotlb *iotlb, struct iotlb_scope *scope)
+{
+    scope->generation++;
+    if (iotlb->next_tag >= LAST_TAG)
+        restart_tags(iotlb);
+}
+
+void iotlb_forget(struct iotlb *iotlb, struct iotlb_scope *scope)
+{
+    scope->seen = IOTLB_STALE;
+    iotlb_forget_below(iotlb, scope);
+}
+
+void iotlb_renew(struct iotlb *iotlb, struct iotlb_scope *scope, uint64_t now)
+{
+    pthread_mutex_lock(&iotlb->tag_lock);
+    if (scope->seen != now) {
+        scope->tag = iotlb->next_tag < NO_TAG ? iotlb->next_tag++ : 0;
+        scope->sizes = 0;
+        __atomic_store_n(&scope->seen, now, __ATOMIC_RELEASE);
+    }
+    pthread_mutex_unlock(&iotlb->tag_lock);
+}
+
+void iotlb_forget_range(struct iotlb *iotlb, struct iotlb_scope *scope, uint64_t first, uint64_t last)
 {
     uint64_t probes = 0;
 
-    if (!iotlb->sets)
-        return true;
-    for (uint64_t rest = sizes; rest; rest &= rest - 1) {
+    for (uint64_t rest = scope->sizes; rest; rest &= rest - 1) {
         unsigned lg2 = (unsigned)__builtin_ctzll(rest);
 
-        if ((last >> lg2) - (first >> lg2) >= FORGET_PROBES - probes)
-            return false;
+        if ((last >> lg2) - (first >> lg2) >= FORGET_PROBES - probes) {
+            iotlb_forget(iotlb, scope);
+            return;
+        }
         probes += (last >> lg2) - (first >> lg2) + 1;
     }
-    for (; sizes; sizes &= sizes - 1) {
-        unsigned lg2 = (unsigned)__builtin_ctzll(sizes);
+    for (uint64_t rest = scope->sizes; rest; rest &= rest - 1) {
+        unsigned lg2 = (unsigned)__builtin_ctzll(rest);
 
         for (uint64_t unit = first >> lg2; unit <= last >> lg2; unit++) {
             uint64_t key = unit << lg2 | lg2;
-            struct iotlb_set *set = iotlb_set_of(iotlb, key, tag);
+            struct iotlb_set *set = iotlb_set_of(iotlb, key, scope->tag);
 
             for (unsigned way = 0; way < IOTLB_WAYS; way++)
-                if (set->tag[way] == tag && set->key[way] == key)
+                if (set->tag[way] == scope->tag && set->key[way] == key)
                     set->tag[way] = 0;
         }
     }
-    return true;
 }

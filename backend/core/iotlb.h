@@ -1,16 +1,20 @@
 /*
  * IOTLB: four-way sets of translations of all spaces, of any power-of-two size, bounded for good at creation.
  *
- * A translation is found by the tag of its space and by its base and size. Tags are numbers never used twice: giving a
- * space a new tag forgets all it had, at no cost to others. A space remembers which sizes it ever put in under its tag,
- * and a look-up probes one set for each: one or two in practice, at most 52 if a guest insists, at its own cost.
+ * A translation is found by the tag of its scope and by its base and size. A scope is what an invalidation can name at
+ * once: a space, or one PASID of it. Tags are numbers never used twice: giving a scope a new tag forgets all it had, at
+ * no cost to others. Scopes stand under one another (PASID, space, parent, the IOTLB's own); what forgets a scope for
+ * those under it adds one to its generation, and they take new tags when they are next used. So every invalidation is of
+ * constant cost, or of the size of its range if that is small. A scope remembers which sizes it ever put in under its
+ * tag, and a look-up probes one set for each: one or two in practice, at most 52 if a guest insists, at its own cost.
  *
- * Any number of threads look up and fill at once (all hold the engine's lock shared); each set is a seqlock. A filler
- * that finds the set taken goes without: it has its translation already. Invalidation holds the engine's lock alone.
+ * Any number of threads look up and fill at once; each set is a seqlock. A filler
+ * that finds the set taken goes without: it has its translation already. Invalidation has the gate closed.
  */
 #ifndef VIOASID_IOTLB_H
 #define VIOASID_IOTLB_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -29,10 +33,23 @@ struct iotlb_set {
     uint64_t gpa[IOTLB_WAYS];
 } __attribute__((aligned(64)));
 
+struct iotlb_scope {
+    struct iotlb_scope *above; /* forgotten with this one; NULL: the IOTLB's own scope */
+    uint64_t generation;       /* counts what forgot the scopes under this one */
+    uint64_t seen;             /* generations above, added up, when the tag was taken; IOTLB_STALE: it takes a new one */
+    uint64_t sizes;            /* bit n: an entry of 2^n bytes was filled under this tag */
+    uint32_t tag;              /* 0: none to be had, nothing is held */
+};
+
+#define IOTLB_STALE UINT64_MAX
+
 struct iotlb {
     struct iotlb_set *sets; /* NULL: no IOTLB, every request walks */
     uint64_t mask;
     unsigned shift;
+    struct iotlb_scope all;
+    uint32_t next_tag;
+    pthread_mutex_t tag_lock; /* requests renew tags under it; changes have the gate closed */
 };
 
 struct iotlb_hit {
@@ -43,12 +60,40 @@ struct iotlb_hit {
 
 int iotlb_init(struct iotlb *iotlb, uint32_t entries); /* 0 or a vio_status */
 void iotlb_deinit(struct iotlb *iotlb);
-void iotlb_flush(struct iotlb *iotlb);
 /* Enter a translation whose bases are aligned to its size; true if it displaced another one. */
 bool iotlb_fill(struct iotlb *iotlb, uint32_t tag, uint64_t iova, unsigned size_lg2, uint64_t hva, uint64_t gpa,
                 unsigned perm);
-/* Forget what `tag` has in [first, last], of the sizes in the mask; false if that is more than it is worth. */
-bool iotlb_forget(struct iotlb *iotlb, uint32_t tag, uint64_t sizes, uint64_t first, uint64_t last);
+
+/* Scopes. Begun with what stands above it, or NULL for &iotlb->all. All but the tag's look-up: with the gate closed. */
+void iotlb_scope_begin(struct iotlb *iotlb, struct iotlb_scope *scope, struct iotlb_scope *above);
+/* Forget all of a scope and of those under it; of &iotlb->all: of everything. A scope that ends needs no more than this:
+   its tag is never used again. */
+void iotlb_forget(struct iotlb *iotlb, struct iotlb_scope *scope);
+/* Forget what a scope holds in [first, last], at least; not those under it. */
+void iotlb_forget_range(struct iotlb *iotlb, struct iotlb_scope *scope, uint64_t first, uint64_t last);
+/* Forget the scopes under this one, but not its own. */
+void iotlb_forget_below(struct iotlb *iotlb, struct iotlb_scope *scope);
+void iotlb_renew(struct iotlb *iotlb, struct iotlb_scope *scope, uint64_t now); /* slow path of iotlb_tag */
+
+/* Generations above a scope, added up: they only grow, so the sum is the same only if each of them is. */
+static inline uint64_t iotlb_above(const struct iotlb_scope *scope)
+{
+    uint64_t now = 0;
+
+    for (const struct iotlb_scope *above = scope->above; above; above = above->above)
+        now += above->generation;
+    return now;
+}
+
+/* The scope's tag, valid as long as the request stays behind the gate. */
+static inline uint32_t iotlb_tag(struct iotlb *iotlb, struct iotlb_scope *scope)
+{
+    uint64_t now = iotlb_above(scope);
+
+    if (__builtin_expect(__atomic_load_n(&scope->seen, __ATOMIC_ACQUIRE) != now, 0))
+        iotlb_renew(iotlb, scope, now);
+    return scope->tag;
+}
 
 static inline struct iotlb_set *iotlb_set_of(const struct iotlb *iotlb, uint64_t key, uint32_t tag)
 {

@@ -6,19 +6,24 @@
 
 #include <stdlib.h>
 
-static void detached_unlink(struct vio_engine *engine, struct route *route)
+static void unlink_route(struct route_list *list, struct route *route)
 {
-    *(route->older ? &route->older->newer : &engine->oldest) = route->newer;
-    *(route->newer ? &route->newer->older : &engine->newest) = route->older;
+    *(route->older ? &route->older->newer : &list->oldest) = route->newer;
+    *(route->newer ? &route->newer->older : &list->newest) = route->older;
     route->older = route->newer = NULL;
 }
 
-static void detached_append(struct vio_engine *engine, struct route *route)
+static void append_route(struct route_list *list, struct route *route)
 {
-    route->older = engine->newest;
+    route->older = list->newest;
     route->newer = NULL;
-    *(engine->newest ? &engine->newest->newer : &engine->oldest) = route;
-    engine->newest = route;
+    *(list->newest ? &list->newest->newer : &list->oldest) = route;
+    list->newest = route;
+}
+
+static struct route_list *live_routes(struct vio_engine *engine, uint64_t key)
+{
+    return &engine->of_rid[key & (RIDS - 1)];
 }
 
 static bool live(const struct route *route)
@@ -26,27 +31,29 @@ static bool live(const struct route *route)
     return route->space || route->blocked;
 }
 
-/* The route of (rid, pasid), made if it is not there, in no list and leading nowhere yet. */
+/* The route of (rid, pasid), made if it is not there, among its RID's, leading nowhere yet. */
 static int route_take(struct vio_engine *engine, uint32_t rid, uint32_t pasid, struct route **out)
 {
     uint64_t key = route_key(rid, pasid);
     struct route *route = index_find(&engine->routes, key);
 
     if (route) {
-        if (!live(route))
-            detached_unlink(engine, route);
-        else if (route->space)
+        if (!live(route)) {
+            unlink_route(&engine->detached, route);
+            append_route(live_routes(engine, key), route);
+        } else if (route->space) {
             route->space->routes--;
+        }
         *out = route;
         return VIO_OK;
     }
     /* One for each function of a PCI segment, or as many PASIDs: what one VM's guest can set up is bounded by this. */
     if (engine->routes.used >= VIO_MAX_ROUTES) {
-        struct route *stale = engine->oldest;
+        struct route *stale = engine->detached.oldest;
 
         if (!stale)
             return VIO_ERR_LIMIT;
-        detached_unlink(engine, stale);
+        unlink_route(&engine->detached, stale);
         index_remove(&engine->routes, stale->key);
         free(stale);
     }
@@ -58,13 +65,14 @@ static int route_take(struct vio_engine *engine, uint32_t rid, uint32_t pasid, s
         free(route);
         return VIO_ERR_MEMORY;
     }
+    append_route(live_routes(engine, key), route);
     *out = route;
     return VIO_OK;
 }
 
 static bool identity_ok(uint32_t rid, uint32_t pasid)
 {
-    return rid <= 0xffff && (pasid == VIO_NO_PASID || pasid <= 0xfffff);
+    return rid <= 0xffff && (pasid == VIO_NO_PASID || pasid == VIO_ANY_PASID || pasid <= 0xfffff);
 }
 
 int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t ioasid, uint32_t access)
@@ -75,7 +83,7 @@ int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t 
 
     if (!identity_ok(rid, pasid) || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
         status = route_take(engine, rid, pasid, &route);
@@ -85,7 +93,7 @@ int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t 
         route->access = access;
         space->routes++;
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -96,13 +104,13 @@ int vio_route_block(vio_engine *engine, uint32_t rid, uint32_t pasid)
 
     if (!identity_ok(rid, pasid))
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     status = route_take(engine, rid, pasid, &route);
     if (!status) {
         route->space = NULL;
         route->blocked = true;
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -111,27 +119,40 @@ int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid)
     struct route *route;
     int status = VIO_ERR_UNKNOWN;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     route = index_find(&engine->routes, route_key(rid, pasid));
     if (route && live(route)) {
         if (route->space)
             route->space->routes--;
         route->space = NULL;
         route->blocked = false;
-        detached_append(engine, route);
+        unlink_route(live_routes(engine, route->key), route);
+        append_route(&engine->detached, route);
         status = VIO_OK;
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
+}
+
+int vio_invalidate_device(vio_engine *engine, uint32_t rid)
+{
+    if (rid >= RIDS)
+        return VIO_ERR_VALUE;
+    engine_change_begin(engine);
+    for (const struct route *route = live_routes(engine, rid)->oldest; route; route = route->newer)
+        if (route->space)
+            iotlb_forget(&engine->iotlb, &route->space->scope);
+    engine_change_end(engine);
+    return VIO_OK;
 }
 
 int vio_route_counters_get(vio_engine *engine, uint32_t rid, uint32_t pasid, vio_route_counters *out)
 {
     struct route *route;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     route = index_find(&engine->routes, route_key(rid, pasid));
     *out = route ? route->counters : (vio_route_counters){0};
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return route ? VIO_OK : VIO_ERR_UNKNOWN;
 }

@@ -4,7 +4,8 @@
 #include <stdlib.h>
 
 /* Addresses of a process's own half on x86-64 with 4-level paging; Linux gives no others unless asked. */
-#define HVA_END (1ull << 47)
+#define HVA_BITS 47
+#define HVA_END (1ull << HVA_BITS)
 #define PAGE_BITS 4095ull
 
 static int space_add(struct vio_engine *engine, uint32_t ioasid, struct space **out)
@@ -34,29 +35,47 @@ static void space_remove(struct vio_engine *engine, struct space *space)
     free(space);
 }
 
-int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, uint32_t levels)
+bool table_config_ok(int format, struct pt_config *config, bool host)
 {
+    const struct pt_format *f = pt_formats[format];
+    vio_table *table = &config->table;
+
+    if (table->flags & ~(host ? 0 : f->flags))
+        return false;
+    if (!f->any_granule) {
+        if (table->tree.levels < f->min_levels || table->tree.levels > f->max_levels || table->upper.levels ||
+            (table->tree.granule && table->tree.granule != PT_GRANULE))
+            return false;
+        table->tree.granule = PT_GRANULE;
+    }
+    /* a table of ours must hold any address of this process */
+    return f->prepare(config, host) && (!host || table->output_bits >= HVA_BITS);
+}
+
+int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table)
+{
+    struct pt_config config = {.table = *table};
     struct space *space;
     int status;
 
-    if (format < 0 || format >= PT_FORMATS || !walk_host(format))
+    if (format < 0 || format >= PT_FORMATS)
         return VIO_ERR_KIND;
-    if (levels < pt_formats[format]->min_levels || levels > pt_formats[format]->max_levels)
+    if (!table_config_ok(format, &config, true))
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     status = space_add(engine, ioasid, &space);
     if (!status) {
         space->format = format;
-        space->table.levels = levels;
+        space->table = config;
         status = host_table_create(&engine->pool, &space->table);
         if (status) {
             space_remove(engine, space);
         } else {
             space->walk = walk_host(format);
-            engine_forget_space(engine, space);
+            iotlb_scope_begin(&engine->iotlb, &space->scope, NULL);
         }
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -65,16 +84,16 @@ int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent
     struct space *space, *parent;
     int status = VIO_ERR_UNKNOWN;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     parent = space_find(engine, parent_ioasid);
     if (parent)
         status = parent->parent ? VIO_ERR_KIND : space_add(engine, ioasid, &space);
     if (!status) {
         space->parent = parent;
         parent->children++;
-        engine_forget_space(engine, space);
+        iotlb_scope_begin(&engine->iotlb, &space->scope, &parent->scope);
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -83,71 +102,135 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
     struct space *space;
     int status = VIO_ERR_UNKNOWN;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
         status = space->children || space->routes ? VIO_ERR_BUSY : VIO_OK;
         if (!status) {
-            if (space->parent)
+            if (space->parent) {
                 space->parent->children--;
-            else
-                host_table_destroy(&engine->pool, pt_formats[space->format], &space->table);
+                pasid_table_free(engine, space->pasids);
+            } else {
+                host_table_destroy(&engine->pool, space->format, &space->table);
+                dirty_free(space->dirty, &engine->pool);
+            }
             space_remove(engine, space); /* its tag is never used again, so its IOTLB entries match nothing */
         }
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
+}
+
+uint32_t stint_entries = STINT_ENTRIES;
+
+void stint_begin(struct stint *stint)
+{
+    stint->entries = 0;
+    gate_close(&stint->engine->gate);
+}
+
+void stint_end(struct stint *stint)
+{
+    struct iotlb *iotlb = &stint->engine->iotlb;
+    struct iotlb_scope *scope = &stint->space->scope;
+
+    if (stint->ending) {
+        iotlb_forget_range(iotlb, scope, stint->first, stint->last);
+        iotlb_forget_below(iotlb, scope); /* children's entries are found by their IOVA, not by ours */
+    }
+    gate_open(&stint->engine->gate);
+}
+
+/* Have bits for what is to be mapped, or give back those that it no longer needs. */
+static int change_dirty(const struct stint *stint, bool cover)
+{
+    struct space *space = stint->space;
+    int status = VIO_OK;
+
+    if (!space->dirty)
+        return VIO_OK;
+    gate_close(&stint->engine->gate);
+    if (cover)
+        status = dirty_cover(space->dirty, &stint->engine->pool, stint->first, stint->last);
+    if (!cover || status)
+        dirty_trim(&stint->engine->pool, space, stint->first, stint->last);
+    gate_open(&stint->engine->gate);
+    return status;
+}
+
+/* The host-managed space to change; the gate is reserved. */
+static int host_space(struct vio_engine *engine, uint32_t ioasid, struct space **out)
+{
+    *out = space_find(engine, ioasid);
+    return !*out ? VIO_ERR_UNKNOWN : (*out)->parent ? VIO_ERR_KIND : VIO_OK;
 }
 
 int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access)
 {
-    struct space *space;
-    int status = VIO_ERR_UNKNOWN;
+    struct stint stint = {.engine = engine, .first = iova, .last = iova + (size - 1)};
+    int status;
 
-    if (!size || ((iova | hva | size) & PAGE_BITS) || iova + (size - 1) < iova || !hva || hva >= HVA_END ||
+    if (!size || ((iova | hva | size) & PAGE_BITS) || stint.last < iova || !hva || hva >= HVA_END ||
         size > HVA_END - hva || !access || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
-    space = space_find(engine, ioasid);
-    if (space)
-        status = space->parent ? VIO_ERR_KIND
-                               : host_table_map(&engine->pool, pt_formats[space->format], &space->table, iova, hva,
-                                                size, access);
-    pthread_rwlock_unlock(&engine->lock);
+    if (guard_install())
+        return VIO_ERR_MEMORY;
+    gate_reserve(&engine->gate);
+    status = host_space(engine, ioasid, &stint.space);
+    if (!status)
+        status = change_dirty(&stint, true); /* before anything can be written */
+    if (!status) {
+        status = host_table_map(&engine->pool, stint.space->format, &stint.space->table, hva, access, &stint);
+        if (status)
+            change_dirty(&stint, false);
+    }
+    gate_release(&engine->gate);
     return status;
 }
 
 int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size)
 {
-    struct space *space;
-    int status = VIO_ERR_UNKNOWN;
+    struct stint stint = {.engine = engine, .first = iova, .last = iova + (size - 1), .ending = true};
+    int status;
 
-    if (!size || ((iova | size) & PAGE_BITS) || iova + (size - 1) < iova)
+    if (!size || ((iova | size) & PAGE_BITS) || stint.last < iova)
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
-    space = space_find(engine, ioasid);
-    if (space)
-        status = space->parent
-                     ? VIO_ERR_KIND
-                     : host_table_unmap(&engine->pool, pt_formats[space->format], &space->table, iova, size);
+    gate_reserve(&engine->gate);
+    status = host_space(engine, ioasid, &stint.space);
     if (!status)
-        engine_forget_range(engine, space, iova, iova + (size - 1));
-    pthread_rwlock_unlock(&engine->lock);
+        status = host_table_unmap(&engine->pool, stint.space->format, &stint.space->table, &stint);
+    if (!status)
+        change_dirty(&stint, false);
+    gate_release(&engine->gate);
     return status;
 }
 
-int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t root, uint32_t levels, uint32_t flags)
+int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t access)
 {
+    struct stint stint = {.engine = engine, .first = iova, .last = iova + (size - 1), .ending = true};
+    int status;
+
+    if (!size || ((iova | size) & PAGE_BITS) || stint.last < iova || !access || (access & ~(uint32_t)RW_BOTH))
+        return VIO_ERR_VALUE;
+    gate_reserve(&engine->gate);
+    status = host_space(engine, ioasid, &stint.space);
+    if (!status)
+        status = host_table_protect(&engine->pool, stint.space->format, &stint.space->table, access, &stint);
+    gate_release(&engine->gate);
+    return status;
+}
+
+int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table)
+{
+    struct pt_config config = {.table = *table};
     struct space *space;
     int status = VIO_ERR_UNKNOWN;
 
     if (format < 0 || format >= PT_FORMATS)
         return VIO_ERR_KIND;
-    if (levels < pt_formats[format]->min_levels || levels > pt_formats[format]->max_levels || (root & PAGE_BITS) ||
-        root >> pt_formats[format]->oa_bits || (flags & ~(uint32_t)(VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY)) ||
-        flags == VIO_TABLE_DIRTY)
+    if (!table_config_ok(format, &config, false))
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
         walk_fn walk = space->parent ? walk_nested(format, space->parent->format) : NULL;
@@ -155,12 +238,14 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, uint64_t roo
         status = walk ? VIO_OK : VIO_ERR_KIND;
         if (walk) {
             space->format = format;
-            space->table = (struct pt_config){.root = root, .levels = levels, .flags = flags};
+            space->table = config;
             space->walk = walk;
-            engine_forget_space(engine, space);
+            pasid_table_free(engine, space->pasids);
+            space->pasids = NULL;
+            iotlb_forget(&engine->iotlb, &space->scope);
         }
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -169,16 +254,18 @@ int vio_space_unbind(vio_engine *engine, uint32_t ioasid)
     struct space *space;
     int status = VIO_ERR_UNKNOWN;
 
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
         status = space->parent ? VIO_OK : VIO_ERR_KIND;
         if (!status) {
             space->walk = NULL;
-            engine_forget_space(engine, space);
+            pasid_table_free(engine, space->pasids);
+            space->pasids = NULL;
+            iotlb_forget(&engine->iotlb, &space->scope);
         }
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return status;
 }
 
@@ -189,14 +276,30 @@ int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, ui
 
     if (last < first)
         return VIO_ERR_VALUE;
-    pthread_rwlock_wrlock(&engine->lock);
+    engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
         status = VIO_OK;
-        if (!iotlb_forget(&engine->iotlb, space->tag, space->sizes, first, last))
-            engine_forget_space(engine, space);
+        iotlb_forget_range(&engine->iotlb, &space->scope, first, last);
+        if (space->pasids)
+            iotlb_forget_below(&engine->iotlb, &space->scope);
     }
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
+    return status;
+}
+
+int vio_space_table_get(vio_engine *engine, uint32_t ioasid, vio_table *out)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    engine_change_begin(engine);
+    space = space_find(engine, ioasid);
+    if (space)
+        status = space->walk ? VIO_OK : VIO_ERR_KIND;
+    if (!status)
+        *out = space->table.table;
+    engine_change_end(engine);
     return status;
 }
 
@@ -204,10 +307,10 @@ int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counte
 {
     struct space *space;
 
-    pthread_rwlock_wrlock(&engine->lock); /* alone: no request is half counted */
+    engine_change_begin(engine); /* alone: no request is half counted */
     space = space_find(engine, ioasid);
     if (space)
         *out = space->counters;
-    pthread_rwlock_unlock(&engine->lock);
+    engine_change_end(engine);
     return space ? VIO_OK : VIO_ERR_UNKNOWN;
 }

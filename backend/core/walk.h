@@ -8,113 +8,61 @@
 
 #include "engine.h"
 
-/* How often a walk tries to set an accessed or dirty bit in an entry that changes under it, before it gives up. */
+/* How often a walk starts anew because an entry whose accessed or dirty bit it was to set changed under it. */
 #define UPDATE_ATTEMPTS 16
+
+#define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
 /* Where a stage's walk stands. */
 struct stage {
     uint64_t oa;       /* out: output address of the address asked for */
     unsigned size_lg2; /* out */
-    unsigned perm;     /* out: AND over all levels */
-    unsigned level;    /* out, also at a fault: level of the last entry */
+    unsigned perm;     /* out: over all levels */
+    bool clean;        /* out, stage 1: a write has a dirty bit to set, or will be refused for want of it */
+    unsigned level;    /* out, also at a fault: level of the last entry, 0 if none was read */
     uint64_t entry;    /* ditto: the entry, 0 if none was read */
-    uint64_t entry_at; /* ditto: its address, in the space in which the table lies */
-    bool read_failed;  /* out: the reason is the reader's, not this stage's */
 };
 
-/* An entry in memory: fetched by one acquire load, and replaced only if still what was read. */
-struct entry_access {
-    int (*read)(void *context, uint64_t at, unsigned level, uint64_t *entry);
-    int (*replace)(void *context, uint64_t at, uint64_t old, uint64_t new); /* 0, a reason, or -1: it has changed */
-};
-
-PT_INLINE int walk_stage(const struct pt_format *format, const struct pt_config *table, bool trusted, uint64_t address,
-                         unsigned need, const struct entry_access *access, void *context, struct stage *out)
+/* Through a table of ours: plain memory of this process, and nobody else's to change. 0, or a reason. */
+PT_INLINE int walk_table(const struct pt_format *format, const struct pt_config *config, uint64_t address,
+                         unsigned need, struct stage *out)
 {
-    uint64_t base = table->root;
-    unsigned level = table->levels, attempts = 0;
+    const vio_tree *tree = &config->table.tree;
+    unsigned level = tree->levels, granule = format->any_granule ? tree->granule : PT_GRANULE;
+    uint64_t at = tree->root + pt_root_offset(granule, address, level);
 
-    out->perm = RW_BOTH;
-    out->level = level;
     out->entry = 0;
-    out->entry_at = base;
-    out->read_failed = false;
-    if (__builtin_expect(!format->address_ok(address, level), 0))
+    out->level = 0;
+    if (UNLIKELY(address > config->last))
         return VIO_REASON_ADDRESS_WIDTH;
     for (;;) {
-        uint64_t at = base + format->entry_offset(address, level), entry, used;
+        uint64_t entry = __atomic_load_n((const uint64_t *)(uintptr_t)at, __ATOMIC_RELAXED);
         struct pt_entry decoded;
-        int reason = access->read(context, at, level, &entry);
+        int reason = format->decode(config, NULL, entry, level, true, &decoded);
 
-        out->level = level;
-        out->entry_at = at;
-        if (__builtin_expect(reason, 0)) {
-            out->read_failed = true;
-            return reason;
-        }
-        out->entry = entry;
-        reason = format->decode(entry, level, trusted, &decoded);
-        if (__builtin_expect(reason, 0))
-            return reason;
-        if (__builtin_expect((need & ~(out->perm & decoded.perm)) != 0, 0))
-            return VIO_REASON_PERMISSION;
-        if (!trusted && __builtin_expect(table->flags, 0)) {
-            used = format->used_bits(table->flags, !decoded.next, need & VIO_WRITE);
-            if (used & ~entry) {
-                reason = access->replace(context, at, entry, entry | used);
-                if (reason > 0) {
-                    out->read_failed = true;
-                    return reason;
-                }
-                if (reason < 0) { /* the guest was quicker: look again at what it wrote */
-                    if (++attempts == UPDATE_ATTEMPTS)
-                        return VIO_REASON_ENTRY_CHANGED;
-                    continue;
-                }
-                entry |= used;
-            }
-            /* A later write must come here again to set the dirty bit. */
-            if (!decoded.next && format->used_bits(table->flags, true, true) & ~entry)
-                decoded.perm &= ~(unsigned)VIO_WRITE;
-        }
-        out->perm &= decoded.perm;
-        if (!decoded.next) {
+        if (UNLIKELY(reason || !decoded.next)) {
+            out->entry = entry;
+            out->level = level;
+            if (reason)
+                return reason;
+            out->perm = format->permissions(config, NULL, ~0ull, entry, true);
             out->size_lg2 = decoded.size_lg2;
             out->oa = decoded.oa | (address & ((1ull << decoded.size_lg2) - 1));
-            return 0;
+            return UNLIKELY(need & ~out->perm) ? VIO_REASON_PERMISSION : 0;
         }
-        if (!trusted && format->skips_levels && __builtin_expect(decoded.next != level - 1, 0)) {
-            /* Address bits that skipped levels would have indexed must be zero. */
-            uint64_t covered = (1ull << format->entry_lg2(decoded.next + 1)) - 1;
-
-            if (address & ((1ull << format->entry_lg2(level)) - 1) & ~covered)
-                return VIO_REASON_ADDRESS_WIDTH;
-            level = decoded.next;
-        } else {
-            level--;
-        }
-        base = decoded.oa;
+        level--;
+        at = decoded.oa + pt_offset(granule, address, level);
     }
 }
 
-/* Tables of ours: plain memory of this process, and nobody else's to change. */
-PT_INLINE int host_read(void *context, uint64_t at, unsigned level, uint64_t *entry)
-{
-    (void)context;
-    (void)level;
-    *entry = __atomic_load_n((const uint64_t *)(uintptr_t)at, __ATOMIC_RELAXED);
-    return 0;
-}
-
-static const struct entry_access host_access = {.read = host_read, .replace = NULL};
-
-static inline int host_fault(struct walk *walk, const struct stage *stage, uint64_t gpa, int reason)
+static inline int stage2_fault(struct walk *walk, const struct stage *stage, uint64_t gpa, bool table, int reason)
 {
     walk->stage = 2;
     walk->level = stage->level;
     walk->entry = stage->entry;
     walk->fault_gpa = gpa;
     walk->has_gpa = true;
+    walk->table = table;
     return reason;
 }
 
@@ -122,10 +70,10 @@ static inline int host_fault(struct walk *walk, const struct stage *stage, uint6
 PT_INLINE int walk_host_space(const struct pt_format *format, const struct space *space, struct walk *walk)
 {
     struct stage stage;
-    int reason = walk_stage(format, &space->table, true, walk->iova, walk->need, &host_access, NULL, &stage);
+    int reason = walk_table(format, &space->table, walk->iova, walk->need, &stage);
 
-    if (__builtin_expect(reason, 0))
-        return host_fault(walk, &stage, walk->iova, reason);
+    if (UNLIKELY(reason))
+        return stage2_fault(walk, &stage, walk->iova, false, reason);
     walk->hva = stage.oa;
     walk->gpa = walk->iova;
     walk->size_lg2 = stage.size_lg2;
@@ -133,84 +81,172 @@ PT_INLINE int walk_host_space(const struct pt_format *format, const struct space
     return 0;
 }
 
-/* What reading a stage-1 entry needs; one lives as long as one nested walk. */
-struct nested {
-    const struct pt_format *stage2;
-    const struct pt_config *table2;
-    struct guard *guard;
-    struct walk *walk;
-    uint64_t hva;  /* of the entry read last */
-    unsigned perm; /* that stage 2 gives there */
+/* An entry of a guest's table that a walk used, whose accessed or dirty state is to change when it succeeds. */
+struct update {
+    uint64_t at, hva, old, new;
+    unsigned level, perm; /* perm: stage 2's */
 };
 
-PT_INLINE int nested_read(void *context, uint64_t at, unsigned level, uint64_t *entry)
-{
-    struct nested *nested = context;
-    struct stage stage;
-    int reason = walk_stage(nested->stage2, nested->table2, true, at, VIO_READ, &host_access, NULL, &stage);
+/* One guest's table over its stage 2, while one request is translated. */
+struct nested {
+    const struct pt_format *stage1, *stage2;
+    const struct pt_config *table1, *table2;
+    const struct dirty *dirty; /* of stage 2 */
+    struct guard *guard;
+    struct walk *walk;
+};
 
-    if (__builtin_expect(reason, 0))
-        return host_fault(nested->walk, &stage, at, reason);
-    nested->hva = stage.oa;
-    nested->perm = stage.perm;
+static inline int stage1_fault(struct walk *walk, unsigned level, uint64_t at, uint64_t entry, int reason)
+{
+    walk->stage = 1;
+    walk->level = level;
+    walk->entry = entry;
+    walk->fault_gpa = at;
+    walk->has_gpa = level;
+    return reason;
+}
+
+/* Announce an entry about to be touched, should its memory be gone. */
+PT_INLINE void about_to_touch_entry(const struct nested *nested, uint64_t at, unsigned level, uint64_t hva)
+{
     nested->walk->reading_gpa = at;
     nested->walk->reading_level = level;
-    guard_memory(nested->guard, stage.oa, sizeof *entry);
-    *entry = __atomic_load_n((const uint64_t *)(uintptr_t)stage.oa, __ATOMIC_ACQUIRE);
+    guard_memory(nested->guard, hva, sizeof(uint64_t));
+}
+
+/* Read one entry of stage 1: 0, or the reason why stage 2 does not let it. */
+PT_INLINE int read_entry(const struct nested *nested, struct update *use)
+{
+    struct stage stage;
+    int reason = walk_table(nested->stage2, nested->table2, use->at, VIO_READ, &stage);
+
+    if (UNLIKELY(reason))
+        return stage2_fault(nested->walk, &stage, use->at, true, reason);
+    use->hva = stage.oa;
+    use->perm = stage.perm;
+    about_to_touch_entry(nested, use->at, use->level, use->hva);
+    use->old = __atomic_load_n((const uint64_t *)(uintptr_t)use->hva, __ATOMIC_ACQUIRE);
     return 0;
 }
 
-/* For the entry read last, whose HVA is at hand. Stage 2 must permit the write, else its fault is the answer. */
-PT_INLINE int nested_replace(void *context, uint64_t at, uint64_t old, uint64_t new)
+/* Set accessed and dirty, root to leaf, each a write by stage 2: 0, a reason, or -1: an entry has changed meanwhile. */
+PT_INLINE int make_updates(const struct nested *nested, const struct update *updates, unsigned count)
 {
-    struct nested *nested = context;
+    for (unsigned i = 0; i < count; i++) {
+        const struct update *update = &updates[i];
+        uint64_t old = update->old;
 
-    if (!(nested->perm & VIO_WRITE)) {
-        struct stage stage;
-        int reason = walk_stage(nested->stage2, nested->table2, true, at, VIO_WRITE, &host_access, NULL, &stage);
+        if (!(update->perm & VIO_WRITE)) {
+            struct stage stage;
+            int reason = walk_table(nested->stage2, nested->table2, update->at, VIO_WRITE, &stage);
 
-        return host_fault(nested->walk, &stage, at, reason);
+            return stage2_fault(nested->walk, &stage, update->at, true, reason);
+        }
+        about_to_touch_entry(nested, update->at, update->level, update->hva);
+        if (!__atomic_compare_exchange_n((uint64_t *)(uintptr_t)update->hva, &old, update->new, false,
+                                         __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+            return -1;
+        dirty_mark(nested->dirty, update->at, sizeof old); /* guest memory that its owner did not write */
     }
-    return __atomic_compare_exchange_n((uint64_t *)(uintptr_t)nested->hva, &old, new, false, __ATOMIC_ACQ_REL,
-                                       __ATOMIC_RELAXED)
-               ? 0
-               : -1;
+    return 0;
 }
 
-static const struct entry_access nested_access = {.read = nested_read, .replace = nested_replace};
+/* Stage 1 to its end: *out, 0 or a reason, walk telling where; -1: once more. */
+PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
+{
+    const struct pt_format *format = nested->stage1;
+    const struct pt_config *config = nested->table1;
+    struct walk *walk = nested->walk;
+    uint64_t address = walk->iova, tables = ~0ull;
+    struct update updates[PT_MAX_LEVELS], use;
+    unsigned count = 0, granule;
+    struct pt_start start;
+    int reason = format->start(config, address, &start);
+
+    if (UNLIKELY(reason))
+        return stage1_fault(walk, 0, 0, 0, reason);
+    granule = format->any_granule ? start.granule : PT_GRANULE;
+    use.level = start.levels;
+    use.at = start.table + pt_root_offset(granule, start.index, use.level);
+    for (;;) {
+        struct pt_entry decoded;
+        bool write = walk->need & PT_WRITES;
+
+        reason = read_entry(nested, &use);
+        if (UNLIKELY(reason))
+            return reason;
+        reason = format->decode(config, &start, use.old, use.level, false, &decoded);
+        if (UNLIKELY(reason))
+            return stage1_fault(walk, use.level, use.at, use.old, reason);
+        if (decoded.next) {
+            if (format->skips_levels && UNLIKELY(decoded.next != use.level - 1)) {
+                /* Address bits that skipped levels would have indexed must be zero. */
+                uint64_t covered = (1ull << pt_entry_lg2(granule, decoded.next + 1)) - 1;
+
+                if (address & ((1ull << pt_entry_lg2(granule, use.level)) - 1) & ~covered)
+                    return stage1_fault(walk, use.level, use.at, use.old, VIO_REASON_ADDRESS_WIDTH);
+            }
+            format->use(config, use.old, false, false, &use.new);
+            if (UNLIKELY(use.new != use.old))
+                updates[count++] = use;
+            tables &= use.old ^ format->denies;
+            use.level = format->skips_levels ? decoded.next : use.level - 1;
+            use.at = decoded.oa + pt_offset(granule, start.index, use.level);
+            continue;
+        }
+        out->perm = format->permissions(config, &start, tables, use.old, false);
+        if (UNLIKELY(walk->need & ~out->perm))
+            return stage1_fault(walk, use.level, use.at, use.old, VIO_REASON_PERMISSION);
+        reason = format->use(config, use.old, true, write, &use.new);
+        if (UNLIKELY(reason))
+            return stage1_fault(walk, use.level, use.at, use.old, reason);
+        if (UNLIKELY(use.new != use.old))
+            updates[count++] = use;
+        out->size_lg2 = decoded.size_lg2;
+        out->oa = decoded.oa | (address & ((1ull << decoded.size_lg2) - 1));
+        break;
+    }
+    out->clean = false;
+    if (!(walk->need & PT_WRITES)) { /* a later write must come here again if there is a dirty bit to set */
+        uint64_t written;
+
+        out->clean = format->use(config, use.new, true, true, &written) || written != use.new;
+    }
+    return UNLIKELY(count) ? make_updates(nested, updates, count) : 0;
+}
 
 /*
  * Nested: the guest's stage 1 over the parent's stage 2.
- *   1. walk stage 1, each entry being read through stage 2;
+ *   1. walk stage 1, each entry being read through stage 2; set its accessed and dirty bits once it has led somewhere;
  *   2. translate the GPA it gives through stage 2;
  *   3. permission is the AND of both, size the smaller one.
  */
 PT_INLINE int walk_nested_space(const struct pt_format *format1, const struct pt_format *format2,
                                 const struct space *space, struct guard *guard, struct walk *walk)
 {
-    const struct pt_config *table2 = &space->parent->table;
-    struct nested nested = {.stage2 = format2, .table2 = table2, .guard = guard, .walk = walk};
-    struct stage stage1, stage2;
-    int reason = walk_stage(format1, &space->table, false, walk->iova, walk->need, &nested_access, &nested, &stage1);
+    const struct nested nested = {
+        format1, format2, &space->table, &space->parent->table, space->parent->dirty, guard, walk};
+    struct stage stage1 = {0}, stage2;
+    unsigned attempts = 0;
+    int reason;
 
-    if (__builtin_expect(reason, 0)) {
-        if (stage1.read_failed)
-            return reason; /* nested_read has told where */
-        walk->stage = 1;
-        walk->level = stage1.level;
-        walk->entry = stage1.entry;
-        walk->fault_gpa = stage1.entry_at;
-        walk->has_gpa = true;
+    do {
+        if (UNLIKELY(attempts++ == UPDATE_ATTEMPTS))
+            return stage1_fault(walk, walk->reading_level, walk->reading_gpa, 0, VIO_REASON_ENTRY_CHANGED);
+        reason = walk_guest_table(&nested, &stage1);
+    } while (UNLIKELY(reason < 0)); /* the guest was quicker: look again at what it wrote */
+    if (UNLIKELY(reason))
         return reason;
-    }
     walk->reading_level = 0;
-    reason = walk_stage(format2, table2, true, stage1.oa, walk->need, &host_access, NULL, &stage2);
-    if (__builtin_expect(reason, 0))
-        return host_fault(walk, &stage2, stage1.oa, reason);
+    reason = walk_table(format2, nested.table2, stage1.oa, walk->need, &stage2);
+    if (UNLIKELY(reason))
+        return stage2_fault(walk, &stage2, stage1.oa, false, reason);
     walk->hva = stage2.oa;
     walk->gpa = stage1.oa;
     walk->size_lg2 = stage1.size_lg2 < stage2.size_lg2 ? stage1.size_lg2 : stage2.size_lg2;
     walk->perm = stage1.perm & stage2.perm;
+    if (stage1.clean)
+        walk->perm = PT_CLEAN(walk->perm);
     return 0;
 }
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from backend.core import Access, Fault, Reason, RouteCounters, UnknownIdError
+from backend.core import RW, Access, Fault, Reason, RouteCounters, UnknownIdError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -100,6 +100,64 @@ class DevicePort:
         if isinstance(answer, Fault):
             return self._faulted(answer, partial(self._core.load, self.rid, iova, width, pasid=pasid))
         return answer
+
+    def fill(self, iova: int, length: int, pattern: int = 0, width: int = 1, pasid: int | None = None) -> Fault | None:
+        """Put a pattern of 1, 2, 4 or 8 bytes over and over from iova onward, the last one cut. None: all of it."""
+        if not self.enabled():
+            return self._off(iova, Access.WRITE, pasid)
+        answer = self._core.dma_fill(self.rid, iova, length, pattern, width, pasid=pasid)
+        if answer is not None:
+            return self._faulted(
+                answer, partial(self._core.dma_fill, self.rid, iova, length, pattern, width, pasid=pasid)
+            )
+        return None
+
+    def copy(
+        self, source: int, target: int, length: int, pasid: int | None = None, *, target_pasid: int | None = None
+    ) -> Fault | None:
+        """Copy within guest memory: read with `pasid`, write with `target_pasid` (None: without one, each).
+
+        Where the target's addresses begin within the source's, from the end down, as memmove would.
+        """
+        if not self.enabled():
+            return self._off(source, Access.READ, pasid)
+        answer = self._copy(source, target, length, pasid, target_pasid)
+        moved, asked = 0, set[int | None]()
+        while answer is not None and answer.reason == Reason.NO_ROUTE and answer.pasid not in asked:
+            asked.add(answer.pasid)  # of two PASIDs, each may have to be routed
+            if not self._engine.find_route(self.rid, answer.pasid):
+                break
+            # What is done may have overwritten its own source: go on, not over.
+            if not source < target < source + length:
+                source, target = source + answer.done, target + answer.done
+            moved, length = moved + answer.done, length - answer.done
+            answer = self._copy(source, target, length, pasid, target_pasid)
+        return self._engine.report(replace(answer, done=moved + answer.done)) if answer is not None else None
+
+    def _copy(self, source: int, target: int, length: int, pasid: int | None, target_pasid: int | None) -> Fault | None:
+        writer = (self.rid, target_pasid)
+        return self._core.dma_copy(self.rid, source, target, length, pasid=pasid, writer=writer)
+
+    def fetch_add(self, iova: int, value: int, width: int, pasid: int | None = None) -> int | Fault:
+        """AtomicOp FetchAdd of 4 or 8 bytes; the value before."""
+        return self._atomic(iova, partial(self._core.fetch_add, self.rid, iova, value, width, pasid=pasid), pasid)
+
+    def swap(self, iova: int, value: int, width: int, pasid: int | None = None) -> int | Fault:
+        """AtomicOp Swap of 4 or 8 bytes; the value before."""
+        return self._atomic(iova, partial(self._core.swap, self.rid, iova, value, width, pasid=pasid), pasid)
+
+    def compare_exchange(
+        self, iova: int, compare: int, value: int, width: int, pasid: int | None = None
+    ) -> int | Fault:
+        """AtomicOp CAS of 4, 8 or 16 bytes; the value before, and `value` is there now if that is `compare`."""
+        operation = partial(self._core.compare_exchange, self.rid, iova, compare, value, width, pasid=pasid)
+        return self._atomic(iova, operation, pasid)
+
+    def _atomic(self, iova: int, operation: Callable[[], int | Fault], pasid: int | None) -> int | Fault:
+        if not self.enabled():
+            return self._off(iova, RW, pasid)
+        answer = operation()
+        return self._faulted(answer, operation) if isinstance(answer, Fault) else answer
 
     @property
     def counters(self) -> RouteCounters:

@@ -38,6 +38,25 @@ class DmaPort(Protocol):
     def load(self, iova: int, width: int, pasid: int | None = None) -> int | Fault:
         """One aligned acquire load of 1, 2, 4 or 8 bytes."""
 
+    def fill(self, iova: int, length: int, pattern: int = 0, width: int = 1, pasid: int | None = None) -> Fault | None:
+        """A pattern of 1, 2, 4 or 8 bytes, over and over."""
+
+    def copy(
+        self, source: int, target: int, length: int, pasid: int | None = None, *, target_pasid: int | None = None
+    ) -> Fault | None:
+        """Within guest memory: read with `pasid`, write with `target_pasid`; ranges that overlap as by memmove."""
+
+    def fetch_add(self, iova: int, value: int, width: int, pasid: int | None = None) -> int | Fault:
+        """AtomicOp FetchAdd of 4 or 8 aligned bytes; the value before."""
+
+    def swap(self, iova: int, value: int, width: int, pasid: int | None = None) -> int | Fault:
+        """AtomicOp Swap of 4 or 8 aligned bytes; the value before."""
+
+    def compare_exchange(
+        self, iova: int, compare: int, value: int, width: int, pasid: int | None = None
+    ) -> int | Fault:
+        """AtomicOp CAS of 4, 8 or 16 aligned bytes; the value before."""
+
     @property
     def counters(self) -> RouteCounters: ...
 

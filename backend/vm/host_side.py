@@ -93,7 +93,7 @@ class HostSide:
             return Answer.fail(f"no transfer of {page.length} bytes to the guest is on record")
         try:
             async with asyncio.timeout(UNMAP_SECONDS):
-                while isinstance(self._translate(config, last.iova), Translation):
+                while isinstance(self._look_up(config, last.iova, Access.WRITE), Translation):
                     await asyncio.sleep(0.01)  # the guest may flush lazily
         except TimeoutError:
             return Answer.fail(f"IOVA {last.iova:#x} was still mapped {UNMAP_SECONDS} s after its transfer")
@@ -112,8 +112,9 @@ class HostSide:
                 return config, self._backend.controllers[config.name]
         return None
 
-    def _translate(self, config: FunctionConfig, iova: int) -> Translation | Fault:
-        return self._backend.engine.core.translate(config.rid, iova, Access.WRITE)
+    def _look_up(self, config: FunctionConfig, iova: int, access: Access) -> Translation | Fault:
+        """Where a request would end, without being one: the report counts the guest's DMA only."""
+        return self._backend.engine.core.lookup(config.rid, iova, access=access).result
 
     async def _probe(self, config: FunctionConfig, controller: NvmeController, iova: int) -> OrderedFault | Answer:
         """Write and read at `iova` with the VM stopped, and compare all of its memory.
@@ -142,7 +143,7 @@ class HostSide:
         """The path of the controller's own reads of its admin submission queue, which stays mapped."""
         config = self._backend.machine.endpoints[0]
         iova = self._backend.controllers[config.name].admin_queue
-        found = self._backend.engine.core.translate(config.rid, iova, Access.READ)
+        found = self._look_up(config, iova, Access.READ)
         levels = self._backend.iommu.stage1_levels(config.rid)
         if isinstance(found, Fault) or levels is None:
             return None

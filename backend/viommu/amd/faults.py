@@ -42,9 +42,9 @@ def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
         return event(EventCode.IO_PAGE_FAULT, device_id=fault.rid, tag=fault.pasid, flags=flags, address=fault.iova)
     if fault.reason is Reason.NO_ROUTE:
         return _refusal(fault, verdict, rw)
-    if fault.stage == 2:
+    if fault.stage == 2 and not fault.table:
         return None  # stage 2 is what surrounds the IOMMU: nothing answers there, and the device alone learns of it
-    if fault.reason is Reason.MEMORY_GONE:
+    if fault.table:  # no memory answers where an entry of the guest's table would lie, or it was taken away
         return event(
             EventCode.PAGE_TAB_HARDWARE_ERROR,
             device_id=fault.rid,

@@ -1,0 +1,182 @@
+"""`make fuzz`: libFuzzer with AddressSanitizer and UndefinedBehaviorSanitizer on the C core; docs/fuzzing.md.
+
+Each harness is a C file of this folder. Its corpus is text, corpus/<harness>.txt: one input a line, in hex. A run works
+on a larger one in build/fuzz, which it starts from that file and goes on with the next time. An input that makes a
+harness fail is made small and added to the file, so the tests run it from then on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from backend.core.build import SOURCES
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CORE = ROOT / "backend" / "core"
+BUILD = ROOT / "build" / "fuzz"
+HARNESSES = sorted(path.stem for path in HERE.glob("*.c") if path.stem != "standalone")
+SLOW = 10
+"""Seconds after which one input counts as endless: they take microseconds."""
+LONGEST = 1024
+"""Bytes of an input: some hundred operations, more than any finding has needed."""
+
+MOST = 200
+"""Inputs of a harness that the text file keeps, of all sizes alike: the tests run each, some varied."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    harness: str
+    executions: int
+    seconds: float
+    failure: str | None
+    """Last lines of the report, if an input failed."""
+
+
+def compile_command(harness: str, made: Path, compiler: str, sanitizers: str, *more: Path) -> list[str]:
+    """The command that builds a harness with the core's own sources."""
+    wide = ["-mcx16"] if platform.machine() == "x86_64" else []  # clang: no call for a compare-and-swap of 128 bits
+    return [
+        compiler, "-std=gnu11", *wide, "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CORE}", f"-I{HERE}",
+        f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-o", str(made), str(HERE / f"{harness}.c"),
+        *map(str, more), *(str(CORE / f"{source}.c") for source in SOURCES),
+    ]  # fmt: skip
+
+
+def corpus_file(harness: str) -> Path:
+    return HERE / "corpus" / f"{harness}.txt"
+
+
+def read_corpus(harness: str) -> list[bytes]:
+    """The inputs of the text file; empty if there is none."""
+    path = corpus_file(harness)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [bytes.fromhex(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()]
+
+
+def failures_of(harness: str) -> list[str]:
+    """The lines that were once failures: those with a comment behind them."""
+    path = corpus_file(harness)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for line in lines if line.partition("#")[0].strip() and "#" in line]
+
+
+def write_corpus(harness: str, inputs: Sequence[bytes]) -> None:
+    """Replace the inputs of the text file; what once failed stays."""
+    path = corpus_file(harness)
+    path.parent.mkdir(exist_ok=True)
+    lines = [*failures_of(harness), *sorted((data.hex() for data in set(inputs)), key=lambda line: (len(line), line))]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def folder(harness: str, name: str) -> Path:
+    made = BUILD / harness / name
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def start(harness: str, seconds: int) -> subprocess.Popen[str]:
+    """Start a run on the working corpus."""
+    corpus = folder(harness, "corpus")
+    for data in read_corpus(harness):
+        (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
+    log = (BUILD / harness / "log").open("w+", encoding="utf-8", errors="replace")
+    command = [
+        str(BUILD / harness / "fuzzer"), f"-max_total_time={seconds}", f"-timeout={SLOW}", f"-max_len={LONGEST}",
+        "-print_final_stats=1", f"-artifact_prefix={folder(harness, 'failures')}/", str(corpus),
+    ]  # fmt: skip
+    process: subprocess.Popen[str] = subprocess.Popen(command, stdout=log, stderr=log, text=True)
+    log.close()
+    return process
+
+
+def outcome(harness: str, status: int, seconds: int) -> Outcome:
+    """Read what a run has printed."""
+    log = (BUILD / harness / "log").read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"stat::number_of_executed_units: (\d+)", log) or re.search(r"(?s:.*)^#(\d+)", log, re.M)
+    report = [line for line in log.splitlines() if not line.startswith(("#", "\tNEW", "stat::", "NEW_FUNC"))]
+    return Outcome(harness, int(found[1]) if found else 0, seconds, "\n".join(report[-40:]) if status else None)
+
+
+def keep_failures(harness: str, report: str) -> list[Path]:
+    """Make each failing input small, and add it to the text file."""
+    kept = []
+    for path in sorted(folder(harness, "failures").glob("*-*")):
+        small = path.with_name("small")
+        subprocess.run(
+            [str(BUILD / harness / "fuzzer"), "-minimize_crash=1", "-max_total_time=20", f"-timeout={SLOW}",
+             f"-exact_artifact_path={small}", str(path)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        data = (small if small.exists() else path).read_bytes()
+        why = re.search(r"does not hold: .*|ERROR: .*?(?= on | \(|$)|runtime error: .*", report, re.M)
+        corpus_file(harness).parent.mkdir(exist_ok=True)
+        with corpus_file(harness).open("a", encoding="utf-8") as file:
+            file.write(f"{data.hex()} # {why[0] if why else path.name}\n")
+        small.unlink(missing_ok=True)
+        kept.append(path.rename(BUILD / harness / path.name))
+    return kept
+
+
+def shrink(harness: str) -> None:
+    """Keep in the text file some of the fewest inputs that reach what the working corpus reaches."""
+    fewest = folder(harness, "fewest")
+    for path in fewest.iterdir():
+        path.unlink()
+    subprocess.run(
+        [str(BUILD / harness / "fuzzer"), "-merge=1", "-use_counters=0", str(fewest), str(folder(harness, "corpus"))],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True,
+    )  # fmt: skip
+    inputs = sorted((path.read_bytes() for path in fewest.iterdir()), key=lambda data: (len(data), data))
+    inputs = [data for data in inputs if data]
+    kept = [inputs[i * len(inputs) // MOST] for i in range(MOST)] if len(inputs) > MOST else inputs
+    write_corpus(harness, kept)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
+    parser.add_argument("harness", nargs="*", choices=[*HARNESSES, []], help=f"of {', '.join(HARNESSES)} (all)")
+    parser.add_argument("--time", type=int, default=60, metavar="SECONDS", help="of each, all at once (60)")
+    parser.add_argument("--keep", action="store_true", help="afterwards, keep the inputs worth keeping in corpus/")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+    args = parser.parse_args()
+    chosen: list[str] = args.harness or HARNESSES
+    for harness in chosen:
+        folder(harness, ".")
+        command = compile_command(harness, BUILD / harness / "fuzzer", "clang", "fuzzer,address,undefined")
+        if subprocess.run(command, check=False).returncode:
+            print(f"vioasid: the harness {harness} was not built (see above)", file=sys.stderr)
+            return 2
+    running = {harness: start(harness, args.time) for harness in chosen}
+    try:
+        outcomes = [outcome(harness, process.wait(), args.time) for harness, process in running.items()]
+    except KeyboardInterrupt:
+        for process in running.values():
+            process.terminate()
+        return 130
+    for one in outcomes:
+        if not args.json:
+            print(f"{one.harness:<12} {one.executions:>12,} executions, {one.executions / one.seconds:>8,.0f} a second")
+        if one.failure is not None:
+            kept = keep_failures(one.harness, one.failure)
+            print(f"{one.failure}\nvioasid: {one.harness} failed: {', '.join(map(str, kept))}", file=sys.stderr)
+            print(f"vioasid: it is in {corpus_file(one.harness)} now, where the tests run it", file=sys.stderr)
+        elif args.keep:
+            shrink(one.harness)
+    if args.json:
+        print(json.dumps({"results": [vars(one) for one in outcomes]}))
+    return 1 if any(one.failure is not None for one in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
