@@ -22,6 +22,7 @@
 #include "pasid.h"
 #include "pool.h"
 #include "vio.h"
+#include "walk_cache.h"
 
 #define RW_BOTH (VIO_READ | VIO_WRITE)
 
@@ -31,10 +32,12 @@ struct space;
 struct walk {
     uint64_t iova;
     unsigned need; /* what must be permitted, in the order of PT_BOTH */
+    struct walk_cache *cache; /* NULL: none is used */
     /* result */
     uint64_t hva, gpa;
     unsigned size_lg2; /* smaller of both stages */
     unsigned perm;     /* AND of both stages; PT_CLEAN of it if a write must walk again */
+    bool cached;       /* the walk cache knew the way down to the last table */
     /* fault */
     unsigned stage, level;
     uint64_t fault_gpa, entry;
@@ -86,6 +89,7 @@ struct vio_engine {
     struct route_list detached; /* in order of detachment */
     struct route_list *of_rid;  /* of each RID: its routes that are not detached */
     struct iotlb iotlb;
+    struct walk_cache *walk_cache; /* NULL: off */
     struct pool pool;
     struct {
         struct pasid_space *oldest, *newest;

@@ -39,6 +39,7 @@ struct iotlb_scope {
     uint64_t seen;             /* generations above, added up, when the tag was taken; IOTLB_STALE: it takes a new one */
     uint64_t sizes;            /* bit n: an entry of 2^n bytes was filled under this tag */
     uint32_t tag;              /* 0: none to be had, nothing is held */
+    uint64_t walk_tag;         /* of the walk cache: a new one with each tag, and with each change or invalidation */
 };
 
 #define IOTLB_STALE UINT64_MAX
@@ -49,6 +50,7 @@ struct iotlb {
     unsigned shift;
     struct iotlb_scope all;
     uint32_t next_tag;
+    uint64_t last_walk_tag;
     pthread_mutex_t tag_lock; /* requests renew tags under it; changes have the gate closed */
 };
 
