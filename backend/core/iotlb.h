@@ -39,7 +39,9 @@ struct iotlb_scope {
     uint64_t seen;             /* generations above, added up, when the tag was taken; IOTLB_STALE: it takes a new one */
     uint64_t sizes;            /* bit n: an entry of 2^n bytes was filled under this tag */
     uint32_t tag;              /* 0: none to be had, nothing is held */
-    uint64_t walk_tag;         /* of the walk cache: a new one with each tag, and with each change or invalidation */
+    /* of the walk cache, a new one at each invalidation or change: of the scope's own lines, and of what those under it
+       know of its table, which changes with the gate closed alone */
+    uint64_t walk_tag, page_tag;
 };
 
 #define IOTLB_STALE UINT64_MAX

@@ -92,7 +92,7 @@ struct nested {
     const struct pt_format *stage1, *stage2;
     const struct pt_config *table1, *table2;
     const struct dirty *dirty; /* of stage 2 */
-    uint64_t tag1, tag2;       /* walk tags of the space and of its parent */
+    uint64_t tag1, tag2;       /* of the space's paths, and of pages in its parent (walk_cache.h) */
     struct guard *guard;
     struct walk *walk;
 };
@@ -287,7 +287,7 @@ PT_INLINE int walk_nested_space(const struct pt_format *format1, const struct pt
                                   .table2 = &space->parent->table,
                                   .dirty = space->parent->dirty,
                                   .tag1 = space->scope.walk_tag,
-                                  .tag2 = space->parent->scope.walk_tag,
+                                  .tag2 = space->parent->scope.page_tag,
                                   .guard = guard,
                                   .walk = walk};
     struct stage stage1 = {0}, stage2;

@@ -5,8 +5,8 @@
  *   path: (space, bits of the IOVA above the reach of a level-1 table) -> that table, and what all entries above it let
  *         through. A walk that succeeded left it; its accessed bits are set.
  *   page: (parent, 4 KiB page of GPAs that holds entries of stage 1) -> where stage 2 has it.
- * A line is found by the walk tag of its scope (iotlb.h): a number never used twice, which any invalidation of the scope
- * changes, and a change of the parent as well; so what is stale is not found. Numbers of both kinds are of one sequence:
+ * A line is found by a tag of its scope (iotlb.h): a number never used twice, which any invalidation of the scope changes,
+ * and for paths a change of the parent as well; so what is stale is not found. Numbers of both kinds are of one sequence:
  * a path is never taken for a page.
  *
  * Any number of threads look up and fill at once; each line is a seqlock, as the IOTLB's sets are.
