@@ -44,6 +44,13 @@ void dirty_mark_pages(const struct dirty *dirty, uint64_t gpa, uint64_t size)
 
 int dirty_cover(struct dirty *dirty, struct pool *pool, uint64_t first, uint64_t last)
 {
+    uint64_t missing = 0;
+
+    for (uint64_t key = first >> DIRTY_CHUNK_LG2; key <= last >> DIRTY_CHUNK_LG2; key++) {
+        missing += !index_find(&dirty->chunks, key);
+        if (missing > VIO_MAX_TABLE_PAGES - pool->pages) /* before any is taken: it could be a GiB */
+            return VIO_ERR_LIMIT;
+    }
     for (uint64_t key = first >> DIRTY_CHUNK_LG2; key <= last >> DIRTY_CHUNK_LG2; key++) {
         void *chunk;
 

@@ -171,6 +171,9 @@ walk_fn walk_nested(int stage1, int stage2);
 /* host_table.c: tables that the core builds. All but the last answer a vio_status. */
 int host_table_create(struct pool *pool, struct pt_config *table);
 void host_table_destroy(struct pool *pool, int format, const struct pt_config *table);
+/* Is the range this table's, and free? */
+int host_table_may_map(int format, const struct pt_config *table, uint64_t hva, unsigned perm,
+                       const struct stint *stint);
 int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t hva, unsigned perm,
                    struct stint *stint);
 int host_table_unmap(struct pool *pool, int format, const struct pt_config *table, struct stint *stint);
