@@ -150,11 +150,13 @@ PT_INLINE void read_entry(const struct nested *nested, struct update *use)
 
 /*
  * Set accessed and dirty, root to leaf, each a write by stage 2: 0, a reason, or -1: an entry has changed meanwhile.
- * Rare, hence one for all pairs.
+ * Rare, hence one for all pairs; the pair's own `nested` must not get out of the compiler's sight, so it gets a copy.
  */
-static __attribute__((noinline, noclone)) int make_updates(const struct nested *nested, const struct update *updates,
+static __attribute__((noinline, noclone)) int make_updates(struct nested copy, const struct update *updates,
                                                            unsigned count)
 {
+    const struct nested *nested = &copy;
+
     for (unsigned i = 0; i < count; i++) {
         const struct update *update = &updates[i];
         uint64_t old = update->old;
@@ -255,7 +257,7 @@ PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
         out->clean = format->use(config, use.new, true, true, &written) || written != use.new;
     }
     if (UNLIKELY(count)) {
-        reason = make_updates(nested, updates, count);
+        reason = make_updates(*nested, updates, count);
         if (reason)
             return reason;
     }
