@@ -1,8 +1,8 @@
 """The Python face of the C core: spaces, routes, translation and DMA. No policy, and no rule of the uAPI.
 
-Each method is one call into C, made with the GIL released; any number of threads may call. A request waits for changes
-(map, unmap, bind, attach ...) under way and changes wait for requests, so once a change has returned, nothing that it
-ended is still in use.
+Each method is one call into C, made with the GIL released; any number of threads may call. Once a change (map, unmap,
+bind, attach ...) has returned, nothing that it ended is still in use; until then requests may see part of it. Changes
+wait for the piece of each request that is under way, requests for the piece of a change.
 """
 
 from __future__ import annotations

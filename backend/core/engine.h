@@ -2,9 +2,9 @@
  * The engine: one a VM. Spaces, routes, IOTLB and table pages behind one gate.
  *
  * The gate (gate.h): a request passes it before it looks its route up and leaves after the last byte touched. A long
- * one leaves in between when a change waits, after JOB_BUDGET (request.h) at most, and then starts over from its route with what
- * is left to do. Whatever changes a space or a route closes the gate for it: so once such a change has returned, no
- * request that could have seen the old state runs.
+ * one leaves in between when a change waits, after JOB_BUDGET (request.h) at most, and then starts over from its route
+ * with what is left to do. Whatever changes a space or a route closes the gate for it: so once such a change has
+ * returned, no request that could have seen the old state runs.
  */
 #ifndef VIOASID_ENGINE_H
 #define VIOASID_ENGINE_H
@@ -115,9 +115,9 @@ static inline void engine_change_end(struct vio_engine *engine)
 
 /*
  * A change of a host-managed space's table, done in stints: the gate is closed for each and open in between, so that
- * requests wait for one stint and not for a whole mapping of a million pages. The gate is reserved throughout. What they
- * see in between is part of the change, which has not returned yet; and where translations end, none of the range is
- * held when the gate opens, nor is anything that a table given back had told.
+ * requests wait for one stint and not for a whole mapping of a million pages. The gate is reserved throughout. What
+ * they see in between is part of the change, which has not returned yet; and where translations end, none of the range
+ * is held when the gate opens, nor is anything that a table given back had told.
  */
 struct stint {
     struct vio_engine *engine;

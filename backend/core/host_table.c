@@ -1,9 +1,9 @@
 /*
  * Tables that the core builds in its own memory: stage 2, in a hardware format, its leaf addresses being HVAs.
  *
- * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. Tables are read with the gate
- * reserved, and written in stints (engine.h), so nothing walks a table while it changes. An entry of 0 is no entry, in
- * every format, and none that the core writes is 0. Leaves have the size of their level's entries.
+ * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. Tables are read with the
+ * gate reserved, and written in stints (engine.h), so nothing walks a table while it changes. An entry of 0 is no
+ * entry, in every format, and none that the core writes is 0. Leaves have the size of their level's entries.
  */
 #include <string.h>
 
