@@ -62,11 +62,12 @@ uint64_t bench_walk_one(vio_engine *engine, uint32_t ioasid, uint64_t iova)
     return space->walk(space, &guard, &walk) ? 0 : walk.hva;
 }
 
-double bench_walk(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, uint64_t count, uint64_t rounds)
+double bench_walk(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, uint64_t count, uint64_t rounds,
+                  int caches)
 {
     struct space *space = space_find(engine, ioasid);
     struct guard guard = {.memory = {0}};
-    struct walk walk = {.need = VIO_READ};
+    struct walk walk = {.need = VIO_READ, .cache = caches ? engine->walk_cache : NULL};
     uint64_t last = 0;
     double start = now();
 

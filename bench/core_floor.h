@@ -1,7 +1,8 @@
 /* What the suites call: loops over the core's own functions, and the floors they stand beside. Read by cffi. */
 
 /* Nanoseconds a call of `rounds` passes over `iovas`. A walk's address depends on the result of the walk before it. */
-double bench_walk(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, uint64_t count, uint64_t rounds);
+double bench_walk(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, uint64_t count, uint64_t rounds,
+                  int caches); /* through the walk caches, or as if there were none */
 double bench_iotlb(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, uint64_t count, uint64_t rounds);
 double floor_iotlb(const uint64_t *iovas, uint64_t count, uint64_t rounds, unsigned log2_sets);
 double floor_memcpy(void *to, const void *from, uint64_t size, uint64_t rounds);
@@ -24,6 +25,8 @@ struct floor_tables {
 };
 
 double floor_walk(const struct floor_tables *tables, const uint64_t *iovas, uint64_t count, uint64_t rounds);
+/* Of a pair in granules of 4 KiB whose entries hold their addresses where they are, with walk caches that never miss. */
+double floor_walk_cached(const struct floor_tables *tables, const uint64_t *iovas, uint64_t count, uint64_t rounds);
 uint64_t floor_walk_one(const struct floor_tables *tables, uint64_t iova); /* HVA */
 int bench_formats(void);
 const char *bench_format_name(int format);

@@ -140,7 +140,7 @@ class Guests:
 
 @contextmanager
 def guests(native: Any, chosen: list[Layout], *, iotlb_entries: int = 0) -> Iterator[Guests]:
-    core = Core(iotlb_entries=iotlb_entries)
+    core = Core(iotlb_entries=iotlb_entries, walk_caches=True)
     made = Guests(native, core, chosen)
     try:
         yield made

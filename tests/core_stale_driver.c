@@ -147,7 +147,7 @@ static void *device_main(void *argument)
     return NULL;
 }
 
-/* Changers. Each has pages of its own: GPAs and, by stage 2, RAM. What is not in use is retired, and full of canaries. */
+/* Changers. Each has pages of its own: GPAs and, by stage 2, RAM. What is not in use is retired, full of canaries. */
 
 struct changer {
     pthread_t thread;

@@ -19,6 +19,8 @@ from backend.core import (
     Core,
     Fault,
     KindError,
+    LimitError,
+    OverlapError,
     Reason,
     UnknownIdError,
     UntrackedError,
@@ -121,6 +123,20 @@ def test_bits_cost_one_page_for_128_mib(guest: Guest) -> None:
     assert core.counters().table_pages == before + 16 + 1, "one more table, too"
     core.set_dirty_tracking(STAGE2, False)
     assert core.counters().table_pages == before + 1
+
+
+def test_a_map_that_cannot_be_takes_no_bits(guest: Guest) -> None:
+    core = guest.core
+    core.map(STAGE2, 1 << 46, 1 << 20, PAGE, RW)
+    core.set_dirty_tracking(STAGE2, True)
+    before = core.counters().table_pages
+    with pytest.raises(OverlapError):
+        core.map(STAGE2, 1 << 45, PAGE, (1 << 46) - PAGE, RW)
+    with pytest.raises(BadValueError):
+        core.map(STAGE2, (1 << 48) - PAGE, PAGE, (1 << 46) - PAGE, RW)
+    with pytest.raises(LimitError):  # bits for 70 TiB would be more than all tables may take
+        core.map(STAGE2, 1 << 47, PAGE, (1 << 46) - PAGE, RW)
+    assert core.counters().table_pages == before
 
 
 def test_off_forgets(guest: Guest) -> None:

@@ -131,6 +131,8 @@ class Counters:
     iotlb_evictions: int
     """Fills that displaced another entry, live or stale."""
     walks: int
+    walk_cache_hits: int
+    """Walks of nested spaces that knew their way down to the last table."""
     requests: int
     bytes: int
     faults: int

@@ -181,7 +181,7 @@ typedef struct {
 } vio_path;
 
 typedef struct {
-    uint64_t iotlb_hits, iotlb_misses, iotlb_evictions, walks, requests, bytes, faults;
+    uint64_t iotlb_hits, iotlb_misses, iotlb_evictions, walks, walk_cache_hits, requests, bytes, faults;
     uint64_t spaces, routes, table_pages, faults_dropped;
 } vio_counters;
 
@@ -196,6 +196,7 @@ typedef struct {
 /* engine.c */
 int vio_engine_create(uint32_t iotlb_entries, vio_engine **out);
 void vio_engine_destroy(vio_engine *engine);
+int vio_walk_caches(vio_engine *engine, int on); /* from the start: as the IOTLB is. Anew, they are empty */
 void vio_invalidate_all(vio_engine *engine);
 void vio_engine_counters(vio_engine *engine, vio_counters *out);
 int vio_format_find(const char *name);

@@ -2,8 +2,8 @@
  * AtomicOps: one read-modify-write of the CPU's, atomic to guest and devices alike.
  *
  * PCI Express Base Specification 5.0, 6.15 "Atomic Operations": FetchAdd and Swap of 32 and 64 bits, CAS of 32, 64 and
- * 128; the address is aligned to the operand (2.2.7); the answer is what stood there before, and FetchAdd lets the carry
- * go. The completer needs to read and write, whatever CAS finds.
+ * 128; the address is aligned to the operand (2.2.7); the answer is what stood there before, and FetchAdd lets the
+ * carry go. The completer needs to read and write, whatever CAS finds.
  */
 #include "request.h"
 

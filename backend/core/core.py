@@ -1,8 +1,8 @@
 """The Python face of the C core: spaces, routes, translation and DMA. No policy, and no rule of the uAPI.
 
-Each method is one call into C, made with the GIL released; any number of threads may call. A request waits for changes
-(map, unmap, bind, attach ...) under way and changes wait for requests, so once a change has returned, nothing that it
-ended is still in use.
+Each method is one call into C, made with the GIL released; any number of threads may call. Once a change (map, unmap,
+bind, attach ...) has returned, nothing that it ended is still in use; until then requests may see part of it. Changes
+wait for the piece of each request that is under way, requests for the piece of a change.
 """
 
 from __future__ import annotations
@@ -34,18 +34,22 @@ class Core(Requests):
 
     Args:
         iotlb_entries: translations the IOTLB can hold, rounded up to a power of two; 0 switches it off.
+        walk_caches: let walks remember tables they came by; what forgets IOTLB entries forgets them, too. None: if
+            there is an IOTLB.
 
     Raises:
         LimitError: more than 2^20 entries.
         NoMemoryError: no memory for them.
     """
 
-    def __init__(self, *, iotlb_entries: int = 4096, walk_caches: bool = True) -> None:
+    def __init__(self, *, iotlb_entries: int = 4096, walk_caches: bool | None = None) -> None:
         self._native: Any = None
         out = ffi.new("vio_engine **")
         _check(lib.vio_engine_create(_number(iotlb_entries, MAX_IOASID, "iotlb_entries"), out))
         # Freed with the last reference: a call that another thread still has under way holds one.
         self._native = ffi.gc(out[0], lib.vio_engine_destroy)
+        if walk_caches is not None and walk_caches != bool(iotlb_entries):
+            _check(lib.vio_walk_caches(self._native, walk_caches))
 
     def close(self) -> None:
         """Give everything up. Calls under way end first; later ones raise ClosedError."""

@@ -6,9 +6,10 @@
  * would have to throw entries out. Here a request marks the pages that it writes, by the GPA that every translation
  * carries, walked or from the IOTLB, nested or not; off, it costs a test of one pointer.
  *
- * A request marks and writes without leaving the engine's gate in between, and reading and clearing closes it: so each
- * piece of a request is marked and written before a read, or after it, and no write falls between read and clear. Bits
- * are there for all that is mapped before it can be written: marking allocates nothing and cannot fail.
+ * A request marks and writes without leaving the engine's gate in between, and a page of bits is read and cleared with
+ * the gate closed: so each piece of a request is marked and written before that, or after it, and no write falls between
+ * read and clear. Bits are there for all that is mapped before it can be written: marking allocates nothing and cannot
+ * fail.
  */
 #ifndef VIOASID_DIRTY_H
 #define VIOASID_DIRTY_H

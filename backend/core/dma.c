@@ -160,8 +160,10 @@ int vio_dma_fill(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova
 
     if (!width_ok(width) || !fits(pattern, width))
         return VIO_ERR_VALUE;
-    for (size_t at = 0; at < least(sizeof block, length + PATTERN_PERIOD); at++)
-        block[at] = (uint8_t)(pattern >> 8 * (at % width));
+    for (uint32_t bytes = width; bytes < PATTERN_PERIOD; bytes *= 2)
+        pattern |= pattern << 8 * bytes;
+    for (size_t at = 0; at < sizeof block && at < least(length, PAGE) + PATTERN_PERIOD; at += sizeof pattern)
+        memcpy(block + at, &pattern, sizeof pattern);
     return job_run(&list.job, run_list);
 }
 

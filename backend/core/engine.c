@@ -5,6 +5,22 @@
 #include <stdlib.h>
 #include <string.h>
 
+int vio_walk_caches(vio_engine *engine, int on)
+{
+    struct walk_cache *made = on ? aligned_alloc(_Alignof(struct walk_cache), sizeof *made) : NULL, *before;
+
+    if (on && !made)
+        return VIO_ERR_MEMORY;
+    if (made)
+        memset(made, 0, sizeof *made);
+    engine_change_begin(engine);
+    before = engine->walk_cache;
+    engine->walk_cache = made;
+    engine_change_end(engine);
+    free(before);
+    return VIO_OK;
+}
+
 int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
 {
     struct vio_engine *engine = calloc(1, sizeof *engine);
@@ -35,6 +51,11 @@ int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
     }
     pool_init(&engine->pool);
     gate_init(&engine->gate);
+    status = vio_walk_caches(engine, iotlb_entries != 0);
+    if (status) {
+        vio_engine_destroy(engine);
+        return status;
+    }
     *out = engine;
     return VIO_OK;
 }
@@ -55,6 +76,7 @@ void vio_engine_destroy(vio_engine *engine)
     index_deinit(&engine->spaces);
     index_deinit(&engine->routes);
     iotlb_deinit(&engine->iotlb);
+    free(engine->walk_cache);
     free(engine->of_rid);
     fault_ring_deinit(&engine->faults);
     pool_deinit(&engine->pool);

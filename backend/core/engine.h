@@ -2,9 +2,9 @@
  * The engine: one a VM. Spaces, routes, IOTLB and table pages behind one gate.
  *
  * The gate (gate.h): a request passes it before it looks its route up and leaves after the last byte touched. A long
- * one leaves in between when a change waits, after JOB_BUDGET (request.h) at most, and then starts over from its route with what
- * is left to do. Whatever changes a space or a route closes the gate for it: so once such a change has returned, no
- * request that could have seen the old state runs.
+ * one leaves in between when a change waits, after JOB_BUDGET (request.h) at most, and then starts over from its route
+ * with what is left to do. Whatever changes a space or a route closes the gate for it: so once such a change has
+ * returned, no request that could have seen the old state runs.
  */
 #ifndef VIOASID_ENGINE_H
 #define VIOASID_ENGINE_H
@@ -22,6 +22,7 @@
 #include "pasid.h"
 #include "pool.h"
 #include "vio.h"
+#include "walk_cache.h"
 
 #define RW_BOTH (VIO_READ | VIO_WRITE)
 
@@ -31,10 +32,12 @@ struct space;
 struct walk {
     uint64_t iova;
     unsigned need; /* what must be permitted, in the order of PT_BOTH */
+    struct walk_cache *cache; /* NULL: none is used */
     /* result */
     uint64_t hva, gpa;
     unsigned size_lg2; /* smaller of both stages */
     unsigned perm;     /* AND of both stages; PT_CLEAN of it if a write must walk again */
+    bool cached;       /* the walk cache knew the way down to the last table */
     /* fault */
     unsigned stage, level;
     uint64_t fault_gpa, entry;
@@ -86,6 +89,7 @@ struct vio_engine {
     struct route_list detached; /* in order of detachment */
     struct route_list *of_rid;  /* of each RID: its routes that are not detached */
     struct iotlb iotlb;
+    struct walk_cache *walk_cache; /* NULL: off */
     struct pool pool;
     struct {
         struct pasid_space *oldest, *newest;
@@ -111,9 +115,9 @@ static inline void engine_change_end(struct vio_engine *engine)
 
 /*
  * A change of a host-managed space's table, done in stints: the gate is closed for each and open in between, so that
- * requests wait for one stint and not for a whole mapping of a million pages. The gate is reserved throughout. What they
- * see in between is part of the change, which has not returned yet; and where translations end, none of the range is
- * held when the gate opens, nor is anything that a table given back had told.
+ * requests wait for one stint and not for a whole mapping of a million pages. The gate is reserved throughout. What
+ * they see in between is part of the change, which has not returned yet; and where translations end, none of the range
+ * is held when the gate opens, nor is anything that a table given back had told.
  */
 struct stint {
     struct vio_engine *engine;
@@ -167,6 +171,9 @@ walk_fn walk_nested(int stage1, int stage2);
 /* host_table.c: tables that the core builds. All but the last answer a vio_status. */
 int host_table_create(struct pool *pool, struct pt_config *table);
 void host_table_destroy(struct pool *pool, int format, const struct pt_config *table);
+/* Is the range this table's, and free? */
+int host_table_may_map(int format, const struct pt_config *table, uint64_t hva, unsigned perm,
+                       const struct stint *stint);
 int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t hva, unsigned perm,
                    struct stint *stint);
 int host_table_unmap(struct pool *pool, int format, const struct pt_config *table, struct stint *stint);

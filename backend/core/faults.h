@@ -1,6 +1,6 @@
 /*
- * The ring of faults not yet read. It holds VIO_FAULT_RING of them, drops later ones until it is read, and counts what it
- * drops, as an IOMMU's own log does: the first faults of a storm tell more than the last.
+ * The ring of faults not yet read. It holds VIO_FAULT_RING of them, drops later ones until it is read, and counts what
+ * it drops, as an IOMMU's own log does: the first faults of a storm tell more than the last.
  */
 #ifndef VIOASID_FAULTS_H
 #define VIOASID_FAULTS_H

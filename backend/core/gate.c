@@ -56,7 +56,7 @@ void gate_wait(struct gate *gate)
 
     gate_leave(gate);
     pthread_mutex_lock(&gate->lock);
-    if (!(__atomic_load_n(&gate->state, __ATOMIC_RELAXED) & GATE_CLOSED)) { /* opened meanwhile; closed only by `lock` */
+    if (!(__atomic_load_n(&gate->state, __ATOMIC_RELAXED) & GATE_CLOSED)) { /* opened meanwhile, closed under `lock` */
         __atomic_fetch_add(&gate->state, 1, __ATOMIC_ACQUIRE);
     } else {
         gate->waiting++;

@@ -6,9 +6,9 @@
  * such a signal, at an address inside the window announced last, makes the guarded call return GUARD_MEMORY or
  * GUARD_BUFFER instead; at any other address it is a bug of ours and goes on to whoever handled it before.
  *
- * Somebody may install a handler in front of ours. One that reports a signal and then raises it again for the one before
- * (Python's faulthandler) costs a false report, no more: see on_signal. guard_install puts ours first again, and is
- * called whenever memory is mapped.
+ * Somebody may install a handler in front of ours. One that reports a signal and then raises it again for the one
+ * before (Python's faulthandler) costs a false report, no more: see on_signal. guard_install puts ours first again, and
+ * is called whenever memory is mapped.
  */
 #ifndef VIOASID_GUARD_H
 #define VIOASID_GUARD_H

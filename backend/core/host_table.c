@@ -1,9 +1,9 @@
 /*
  * Tables that the core builds in its own memory: stage 2, in a hardware format, its leaf addresses being HVAs.
  *
- * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. Tables are read with the gate
- * reserved, and written in stints (engine.h), so nothing walks a table while it changes. An entry of 0 is no entry, in
- * every format, and none that the core writes is 0. Leaves have the size of their level's entries.
+ * Ranges are inclusive ([first, last]): the last one of a 64-bit space has no end to name. Tables are read with the
+ * gate reserved, and written in stints (engine.h), so nothing walks a table while it changes. An entry of 0 is no
+ * entry, in every format, and none that the core writes is 0. Leaves have the size of their level's entries.
  */
 #include <string.h>
 
@@ -272,18 +272,25 @@ static unsigned with_execute(unsigned perm)
     return perm | (perm & VIO_READ ? VIO_EXECUTE : 0);
 }
 
+int host_table_may_map(int format, const struct pt_config *table, uint64_t hva, unsigned perm,
+                       const struct stint *stint)
+{
+    struct builder b = builder(NULL, format, table);
+    uint64_t at;
+
+    if (!legal(&b, stint->first, stint->last, hva, perm))
+        return VIO_ERR_VALUE;
+    return find(&b, root(&b), levels(&b), stint->first, stint->last, true, &at) ? VIO_ERR_OVERLAP : VIO_OK;
+}
+
 int host_table_map(struct pool *pool, int format, const struct pt_config *table, uint64_t hva, unsigned perm,
                    struct stint *stint)
 {
     struct builder b = builder(pool, format, table);
-    uint64_t first = stint->first, last = stint->last, at;
+    uint64_t first = stint->first, last = stint->last;
     bool filled;
 
     b.stint = stint;
-    if (!legal(&b, first, last, hva, perm))
-        return VIO_ERR_VALUE;
-    if (find(&b, root(&b), levels(&b), first, last, true, &at))
-        return VIO_ERR_OVERLAP;
     stint_begin(stint);
     filled = fill(&b, root(&b), levels(&b), first, last, hva, with_execute(perm));
     if (!filled) {

@@ -82,9 +82,22 @@ bool iotlb_fill(struct iotlb *iotlb, uint32_t tag, uint64_t iova, unsigned size_
     return displaced;
 }
 
+/* 64 bits: they do not run out. */
+static uint64_t new_walk_tag(struct iotlb *iotlb)
+{
+    return __atomic_add_fetch(&iotlb->last_walk_tag, 1, __ATOMIC_RELAXED);
+}
+
+static void renew_walk_tags(struct iotlb *iotlb, struct iotlb_scope *scope)
+{
+    scope->walk_tag = new_walk_tag(iotlb);
+    scope->page_tag = new_walk_tag(iotlb);
+}
+
 void iotlb_scope_begin(struct iotlb *iotlb, struct iotlb_scope *scope, struct iotlb_scope *above)
 {
     *scope = (struct iotlb_scope){.above = above ? above : &iotlb->all, .seen = IOTLB_STALE};
+    renew_walk_tags(iotlb, scope);
 }
 
 /* Nothing holds a tag afterwards, and no set an entry: all numbers are free again. */
@@ -99,6 +112,7 @@ static void restart_tags(struct iotlb *iotlb)
 void iotlb_forget_below(struct iotlb *iotlb, struct iotlb_scope *scope)
 {
     scope->generation++;
+    renew_walk_tags(iotlb, scope);
     if (iotlb->next_tag >= LAST_TAG)
         restart_tags(iotlb);
 }
@@ -115,6 +129,7 @@ void iotlb_renew(struct iotlb *iotlb, struct iotlb_scope *scope, uint64_t now)
     if (scope->seen != now) {
         scope->tag = iotlb->next_tag < NO_TAG ? iotlb->next_tag++ : 0;
         scope->sizes = 0;
+        scope->walk_tag = new_walk_tag(iotlb);
         __atomic_store_n(&scope->seen, now, __ATOMIC_RELEASE);
     }
     pthread_mutex_unlock(&iotlb->tag_lock);
@@ -124,6 +139,7 @@ void iotlb_forget_range(struct iotlb *iotlb, struct iotlb_scope *scope, uint64_t
 {
     uint64_t probes = 0;
 
+    renew_walk_tags(iotlb, scope);
     for (uint64_t rest = scope->sizes; rest; rest &= rest - 1) {
         unsigned lg2 = (unsigned)__builtin_ctzll(rest);
 

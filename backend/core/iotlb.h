@@ -2,11 +2,12 @@
  * IOTLB: four-way sets of translations of all spaces, of any power-of-two size, bounded for good at creation.
  *
  * A translation is found by the tag of its scope and by its base and size. A scope is what an invalidation can name at
- * once: a space, or one PASID of it. Tags are numbers never used twice: giving a scope a new tag forgets all it had, at
- * no cost to others. Scopes stand under one another (PASID, space, parent, the IOTLB's own); what forgets a scope for
- * those under it adds one to its generation, and they take new tags when they are next used. So every invalidation is of
- * constant cost, or of the size of its range if that is small. A scope remembers which sizes it ever put in under its
- * tag, and a look-up probes one set for each: one or two in practice, at most 52 if a guest insists, at its own cost.
+ * once: a space, or one PASID of it. Tags are numbers never used twice: giving a scope a new tag forgets all it had,
+ * at no cost to others. Scopes stand under one another (PASID, space, parent, the IOTLB's own); what forgets a scope
+ * for those under it adds one to its generation, and they take new tags when they are next used. So every invalidation
+ * is of constant cost, or of the size of its range if that is small. A scope remembers which sizes it ever put in
+ * under its tag, and a look-up probes one set for each: one or two in practice, at most 52 if a guest insists, at its
+ * own cost.
  *
  * Any number of threads look up and fill at once; each set is a seqlock. A filler
  * that finds the set taken goes without: it has its translation already. Invalidation has the gate closed.
@@ -36,9 +37,12 @@ struct iotlb_set {
 struct iotlb_scope {
     struct iotlb_scope *above; /* forgotten with this one; NULL: the IOTLB's own scope */
     uint64_t generation;       /* counts what forgot the scopes under this one */
-    uint64_t seen;             /* generations above, added up, when the tag was taken; IOTLB_STALE: it takes a new one */
+    uint64_t seen;             /* generations above, added up, when the tag was taken; IOTLB_STALE: take another */
     uint64_t sizes;            /* bit n: an entry of 2^n bytes was filled under this tag */
     uint32_t tag;              /* 0: none to be had, nothing is held */
+    /* of the walk cache, a new one at each invalidation or change: of the scope's own lines, and of what those under it
+       know of its table, which changes with the gate closed alone */
+    uint64_t walk_tag, page_tag;
 };
 
 #define IOTLB_STALE UINT64_MAX
@@ -49,6 +53,7 @@ struct iotlb {
     unsigned shift;
     struct iotlb_scope all;
     uint32_t next_tag;
+    uint64_t last_walk_tag;
     pthread_mutex_t tag_lock; /* requests renew tags under it; changes have the gate closed */
 };
 
@@ -66,8 +71,10 @@ bool iotlb_fill(struct iotlb *iotlb, uint32_t tag, uint64_t iova, unsigned size_
 
 /* Scopes. Begun with what stands above it, or NULL for &iotlb->all. All but the tag's look-up: with the gate closed. */
 void iotlb_scope_begin(struct iotlb *iotlb, struct iotlb_scope *scope, struct iotlb_scope *above);
-/* Forget all of a scope and of those under it; of &iotlb->all: of everything. A scope that ends needs no more than this:
-   its tag is never used again. */
+/*
+ * Forget all of a scope and of those under it; of &iotlb->all: of everything. A scope that ends needs not even this: its
+ * tag is never used again.
+ */
 void iotlb_forget(struct iotlb *iotlb, struct iotlb_scope *scope);
 /* Forget what a scope holds in [first, last], at least; not those under it. */
 void iotlb_forget_range(struct iotlb *iotlb, struct iotlb_scope *scope, uint64_t first, uint64_t last);

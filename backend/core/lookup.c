@@ -17,7 +17,7 @@ struct lookup {
 
 #define PASID_MAX_LEVELS 3 /* RISC-V PD20, AMD GLX 2 */
 
-/* Entries of a guest's, each after a walk of stage 2, and the data's; then a walk told again for what it must not write. */
+/* Entries of a guest's, each after a walk of stage 2, and the data's, or a walk again for what it must not write. */
 #define GUEST_ENTRIES (PASID_MAX_LEVELS + PT_MAX_LEVELS)
 _Static_assert(GUEST_ENTRIES * (PT_MAX_LEVELS + 1) + PT_MAX_LEVELS <= VIO_PATH_STEPS, "every step has its place");
 
@@ -60,8 +60,8 @@ static int end_at(struct lookup *lookup, const vio_step *step, uint64_t gpa, boo
 
 /*
  * Are an entry's accessed and dirty bits set? Formats keep them in different ways (dirty may be a write permission), so
- * they are asked: a bit is clear if a request would change the entry, and set if without one of its bits it would become
- * what it is.
+ * they are asked: a bit is clear if a request would change the entry, and set if without one of its bits it would
+ * become what it is.
  */
 static int8_t used_state(const struct pt_format *format, const struct pt_config *config, uint64_t entry, bool leaf,
                          bool write)

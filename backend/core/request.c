@@ -23,8 +23,11 @@ __attribute__((noinline)) int request_walk(struct job *job, struct request *requ
 
     walk->iova = request->iova;
     walk->need = request->rights;
+    walk->cache = job->engine->walk_cache;
+    walk->cached = false;
     request->walks++;
     reason = space->walk(space, guard, walk);
+    request->cached += walk->cached;
     if (reason)
         return reason;
     offset_mask = (1ull << walk->size_lg2) - 1;
@@ -152,6 +155,7 @@ static void account(const struct job *job, const struct request *request, bool f
     count(&all->iotlb_misses, request->misses);
     count(&all->iotlb_evictions, request->evictions);
     count(&all->walks, request->walks);
+    count(&all->walk_cache_hits, request->cached);
     if (request->route) {
         vio_route_counters *counters = &request->route->counters;
 

@@ -39,7 +39,7 @@ struct request {
     struct walk walk;
     /* counted here, added up at the end */
     bool moved;
-    uint64_t hits, misses, evictions, walks;
+    uint64_t hits, misses, evictions, walks, cached;
 };
 
 struct job {

@@ -152,7 +152,7 @@ static int change_dirty(const struct stint *stint, bool cover)
     gate_close(&stint->engine->gate);
     if (cover)
         status = dirty_cover(space->dirty, &stint->engine->pool, stint->first, stint->last);
-    if (!cover || status)
+    if (!cover || status == VIO_ERR_MEMORY)
         dirty_trim(&stint->engine->pool, space, stint->first, stint->last);
     gate_open(&stint->engine->gate);
     return status;
@@ -177,6 +177,8 @@ int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t h
         return VIO_ERR_MEMORY;
     gate_reserve(&engine->gate);
     status = host_space(engine, ioasid, &stint.space);
+    if (!status)
+        status = host_table_may_map(stint.space->format, &stint.space->table, hva, access, &stint);
     if (!status)
         status = change_dirty(&stint, true); /* before anything can be written */
     if (!status) {

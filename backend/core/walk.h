@@ -92,6 +92,7 @@ struct nested {
     const struct pt_format *stage1, *stage2;
     const struct pt_config *table1, *table2;
     const struct dirty *dirty; /* of stage 2 */
+    uint64_t tag1, tag2;       /* of the space's paths, and of pages in its parent (walk_cache.h) */
     struct guard *guard;
     struct walk *walk;
 };
@@ -114,24 +115,48 @@ PT_INLINE void about_to_touch_entry(const struct nested *nested, uint64_t at, un
     guard_memory(nested->guard, hva, sizeof(uint64_t));
 }
 
-/* Read one entry of stage 1: 0, or the reason why stage 2 does not let it. */
-PT_INLINE int read_entry(const struct nested *nested, struct update *use)
+/* Where an entry of stage 1 lies: 0, or the reason why stage 2 does not lead there. */
+PT_INLINE int place_entry(const struct nested *nested, struct walk_cache *cache, struct update *use)
 {
+    uint64_t key = use->at >> PT_GRANULE, offset = use->at & ((1u << PT_GRANULE) - 1);
     struct stage stage;
-    int reason = walk_table(nested->stage2, nested->table2, use->at, VIO_READ, &stage);
+    int reason;
 
+    if (cache) {
+        struct walk_line page;
+
+        if (walk_cache_find(cache, nested->tag2, key, &page)) {
+            use->hva = page.hva + offset;
+            use->perm = page.perm;
+            return 0;
+        }
+    }
+    reason = walk_table(nested->stage2, nested->table2, use->at, VIO_READ, &stage);
     if (UNLIKELY(reason))
         return stage2_fault(nested->walk, &stage, use->at, true, reason);
     use->hva = stage.oa;
     use->perm = stage.perm;
-    about_to_touch_entry(nested, use->at, use->level, use->hva);
-    use->old = __atomic_load_n((const uint64_t *)(uintptr_t)use->hva, __ATOMIC_ACQUIRE);
+    if (cache)
+        walk_cache_fill(cache, &(struct walk_line){
+                                   .tag = nested->tag2, .key = key, .hva = stage.oa - offset, .perm = stage.perm});
     return 0;
 }
 
-/* Set accessed and dirty, root to leaf, each a write by stage 2: 0, a reason, or -1: an entry has changed meanwhile. */
-PT_INLINE int make_updates(const struct nested *nested, const struct update *updates, unsigned count)
+PT_INLINE void read_entry(const struct nested *nested, struct update *use)
 {
+    about_to_touch_entry(nested, use->at, use->level, use->hva);
+    use->old = __atomic_load_n((const uint64_t *)(uintptr_t)use->hva, __ATOMIC_ACQUIRE);
+}
+
+/*
+ * Set accessed and dirty, root to leaf, each a write by stage 2: 0, a reason, or -1: an entry has changed meanwhile.
+ * Rare, hence one for all pairs; the pair's own `nested` must not get out of the compiler's sight, so it gets a copy.
+ */
+static __attribute__((noinline, noclone)) int make_updates(struct nested copy, const struct update *updates,
+                                                           unsigned count)
+{
+    const struct nested *nested = &copy;
+
     for (unsigned i = 0; i < count; i++) {
         const struct update *update = &updates[i];
         uint64_t old = update->old;
@@ -158,8 +183,10 @@ PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
     const struct pt_config *config = nested->table1;
     struct walk *walk = nested->walk;
     uint64_t address = walk->iova, tables = ~0ull;
-    struct update updates[PT_MAX_LEVELS], use;
+    struct update updates[PT_MAX_LEVELS], use = {.hva = 0};
+    struct walk_cache *cache = walk->cache;
     unsigned count = 0, granule;
+    bool placed = false, keep = false;
     struct pt_start start;
     int reason = format->start(config, address, &start);
 
@@ -168,13 +195,30 @@ PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
     granule = format->any_granule ? start.granule : PT_GRANULE;
     use.level = start.levels;
     use.at = start.table + pt_root_offset(granule, start.index, use.level);
+    if (cache && use.level > 1) {
+        struct walk_line path;
+
+        if (walk_cache_find(cache, nested->tag1, address >> pt_entry_lg2(granule, 2), &path)) {
+            uint64_t offset = pt_offset(granule, start.index, 1);
+
+            use = (struct update){.at = path.gpa + offset, .hva = path.hva + offset, .level = 1, .perm = path.perm};
+            tables = path.tables;
+            placed = path.hva;
+            walk->cached = true;
+        } else {
+            keep = true;
+        }
+    }
     for (;;) {
         struct pt_entry decoded;
         bool write = walk->need & PT_WRITES;
 
-        reason = read_entry(nested, &use);
-        if (UNLIKELY(reason))
-            return reason;
+        if (!placed) {
+            reason = place_entry(nested, cache, &use);
+            if (UNLIKELY(reason))
+                return reason;
+        }
+        read_entry(nested, &use);
         reason = format->decode(config, &start, use.old, use.level, false, &decoded);
         if (UNLIKELY(reason))
             return stage1_fault(walk, use.level, use.at, use.old, reason);
@@ -212,7 +256,22 @@ PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
 
         out->clean = format->use(config, use.new, true, true, &written) || written != use.new;
     }
-    return UNLIKELY(count) ? make_updates(nested, updates, count) : 0;
+    if (UNLIKELY(count)) {
+        reason = make_updates(*nested, updates, count);
+        if (reason)
+            return reason;
+    }
+    if (keep && use.level == 1) {
+        uint64_t offset = pt_offset(granule, start.index, 1);
+
+        walk_cache_fill(cache, &(struct walk_line){.tag = nested->tag1,
+                                                   .key = address >> pt_entry_lg2(granule, 2),
+                                                   .gpa = use.at - offset,
+                                                   .hva = granule == PT_GRANULE ? use.hva - offset : 0,
+                                                   .perm = use.perm,
+                                                   .tables = tables});
+    }
+    return 0;
 }
 
 /*
@@ -224,8 +283,15 @@ PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
 PT_INLINE int walk_nested_space(const struct pt_format *format1, const struct pt_format *format2,
                                 const struct space *space, struct guard *guard, struct walk *walk)
 {
-    const struct nested nested = {
-        format1, format2, &space->table, &space->parent->table, space->parent->dirty, guard, walk};
+    const struct nested nested = {.stage1 = format1,
+                                  .stage2 = format2,
+                                  .table1 = &space->table,
+                                  .table2 = &space->parent->table,
+                                  .dirty = space->parent->dirty,
+                                  .tag1 = space->scope.walk_tag,
+                                  .tag2 = space->parent->scope.page_tag,
+                                  .guard = guard,
+                                  .walk = walk};
     struct stage stage1 = {0}, stage2;
     unsigned attempts = 0;
     int reason;
@@ -234,7 +300,12 @@ PT_INLINE int walk_nested_space(const struct pt_format *format1, const struct pt
         if (UNLIKELY(attempts++ == UPDATE_ATTEMPTS))
             return stage1_fault(walk, walk->reading_level, walk->reading_gpa, 0, VIO_REASON_ENTRY_CHANGED);
         reason = walk_guest_table(&nested, &stage1);
-    } while (UNLIKELY(reason < 0)); /* the guest was quicker: look again at what it wrote */
+        if (UNLIKELY(reason > 0) && walk->cached) { /* what has become permitted needs no invalidation: look again */
+            walk->cached = false;
+            walk->cache = NULL;
+            reason = -1;
+        }
+    } while (UNLIKELY(reason < 0)); /* the guest was quicker: look again at what it wrote, too */
     if (UNLIKELY(reason))
         return reason;
     walk->reading_level = 0;
