@@ -1,5 +1,6 @@
 """The IOASID uAPI: the only way in which translation state changes."""
 
+from .changes import Change, What
 from .commands import COMMANDS, Command
 from .context import Context
 from .device import Device
@@ -9,11 +10,13 @@ from .formats import FORMATS, PAGE_SIZE, FormatRule, PgtableFormat
 from .info import FormatInfo, Info
 from .kinds import Kind
 from .port import DevicePort
+from .user_memory import OwnMemory, UserMemory
 
 __all__ = [
     "COMMANDS",
     "FORMATS",
     "PAGE_SIZE",
+    "Change",
     "Command",
     "Context",
     "Device",
@@ -24,5 +27,8 @@ __all__ = [
     "Info",
     "IoasidError",
     "Kind",
+    "OwnMemory",
     "PgtableFormat",
+    "UserMemory",
+    "What",
 ]

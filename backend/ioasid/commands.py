@@ -159,7 +159,7 @@ GET_INFO = Command(
 MAP_DMA = Command(
     "MAP_DMA",
     6,
-    "[iova, iova + size) stands for the host's memory at vaddr",
+    "[iova, iova + size) stands for the user's memory at vaddr",
     (
         _IOASID,
         Field("iova", Unit.ADDRESS),
@@ -171,7 +171,8 @@ MAP_DMA = Command(
     {
         errno.EINVAL: _FIELD + ", the IOASID is guest-managed, or the range lies beyond its address width",
         errno.ENOENT: _UNKNOWN,
-        errno.EFAULT: "no address of a process: the null page, or beyond 2^47",
+        errno.EFAULT: "no memory of the user: the null page, beyond 2^47, or not shared",
+        errno.EPERM: "the user's memory may not be written",
         errno.EOVERFLOW: "iova + size or vaddr + size wraps",
         errno.EEXIST: "a part of the range is mapped",
         errno.ENOSPC: "the IOASID has all the mappings, or the engine all the tables, it may have",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 from backend.core import RW, Access, LimitError, NoMemoryError
 
 from . import commands as cmd
+from .changes import Change, What
 from .commands import Command
 from .device import Attachment, Device
+from .errors import IoasidError
 from .formats import FORMATS, FormatRule, PgtableFormat
 from .info import Info, describe
 from .kinds import Kind
-from .limits import MAX_ATTACHMENTS, MAX_CHILDREN, MAX_IOASIDS, MAX_MAPPINGS, USER_END
+from .limits import MAX_ATTACHMENTS, MAX_CHILDREN, MAX_IOASIDS, MAX_MAPPINGS
 from .mappings import Mapping
 from .spaces import Space
+from .user_memory import OwnMemory, UserMemory
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -31,8 +34,9 @@ class Context:
     of each stand in backend.ioasid.commands.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, memory: UserMemory | None = None) -> None:
         self.engine = engine
+        self.memory = memory if memory is not None else OwnMemory()
         self._core = engine.core
         self._spaces: dict[int, Space] = {}
         self._free: list[int] = []
@@ -90,15 +94,10 @@ class Context:
     # Host-managed tables
 
     def map_dma(self, ioasid: int, iova: int, vaddr: int, size: int, access: Access = RW) -> None:
-        """MAP_DMA: [iova, iova + size) stands for [vaddr, vaddr + size) of this process. Multiples of 4096."""
+        """MAP_DMA: [iova, iova + size) stands for the user's [vaddr, vaddr + size). Multiples of 4096."""
         space = self._space(cmd.MAP_DMA, ioasid, ioasid=ioasid, iova=iova, vaddr=vaddr, size=size, access=access)
         cmd.MAP_DMA.check_range("iova", iova, size)
         cmd.MAP_DMA.check_range("vaddr", vaddr, size)
-        if not 0 < vaddr <= USER_END - size:
-            raise cmd.MAP_DMA.refuse(
-                errno.EFAULT,
-                f"vaddr {vaddr:#x} + {size:#x} is no memory of this process: give the address of a mapping",
-            )
         if not access:
             raise cmd.MAP_DMA.refuse(
                 errno.EINVAL, "access allows neither read nor write: leave the range unmapped instead"
@@ -119,8 +118,12 @@ class Context:
             raise cmd.MAP_DMA.refuse(
                 errno.ENOSPC, f"IOASID {ioasid} has {MAX_MAPPINGS} mappings: use fewer, larger ones"
             )
+        try:
+            hva = self.memory.hva(vaddr, size, access)
+        except IoasidError as error:
+            raise cmd.MAP_DMA.refuse(error.errno or 0, error.sentence) from error
         with _within_limits(cmd.MAP_DMA):
-            self._core.map(space.core_id, iova, vaddr, size, access)
+            self._core.map(space.core_id, iova, hva, size, access)
         space.mappings.add(Mapping(iova, size, vaddr, access))
 
     def unmap_dma(self, ioasid: int, iova: int, size: int) -> None:
@@ -198,6 +201,9 @@ class Context:
             self._core.invalidate(space.core_id, iova, size)
         else:
             raise command.refuse(errno.EOPNOTSUPP, f'no granularity {granularity!r}: use "all" or "range"')
+        if self.engine.watched:
+            what = (iova, size) if granularity == "range" else (None, None)
+            self.engine.changed(Change(What.INVALIDATE, self, ioasid, None, None, *what))
 
     # Devices
 
@@ -249,6 +255,8 @@ class Context:
         with _within_limits(command):
             self._core.attach(rid, pasid, space.core_id, access=access)  # in place of the parent's route, if any
         device.push(pasid, Attachment(space, access))
+        if self.engine.watched:
+            self.engine.changed(Change(What.ATTACH, self, ioasid, rid, pasid))
 
     def detach(self, rid: int, *, pasid: int | None = None) -> None:
         """DETACH_IOASID: from what (rid, pasid) is routed to; the parent beneath it, if any, routes again."""
@@ -265,6 +273,11 @@ class Context:
                 f"PASID {leaning} of {device} is attached to a child of IOASID {routed.space.ioasid}: detach it first",
             )
         self._pop(device, pasid)
+
+    @property
+    def ioasids(self) -> Sequence[int]:
+        """Those that are allocated, oldest first."""
+        return list(self._spaces)
 
     def close(self) -> None:
         """Give up all that the context owns: attachments, devices, IOASIDs. Later commands are refused; closing
@@ -363,7 +376,9 @@ class Context:
             self._core.attach(device.rid, pasid, stack[-2].space.core_id, access=stack[-2].access)
         else:
             self._core.detach(device.rid, pasid)
-        device.pop(pasid)
+        gone = device.pop(pasid)
+        if self.engine.watched:
+            self.engine.changed(Change(What.DETACH, self, gone.space.ioasid, device.rid, pasid))
 
 
 @contextmanager

@@ -8,17 +8,20 @@ from dataclasses import fields, replace
 
 from backend.core import Core, Fault, SpaceCounters
 
+from .changes import Change
 from .context import Context
 from .device import Device
 from .errors import IoasidError
 from .kinds import Kind
 from .limits import MAX_CONTEXTS, MAX_DEVICES, MAX_RID
 from .spaces import Space
+from .user_memory import UserMemory
 
 MAX_CORE_ID = (1 << 32) - 1
 
 Router = Callable[[int, int | None], bool]
 FaultListener = Callable[[Fault], None]
+ChangeListener = Callable[[Change], None]
 
 
 class Engine:
@@ -39,12 +42,16 @@ class Engine:
         self._routing: set[tuple[int, int | None]] = set()
         self._listeners: list[FaultListener] = []
         self._telling = False
+        self._watchers: list[ChangeListener] = []
 
-    def open(self) -> Context:
-        """A new context, as each open of /dev/ioasid gives. ENOSPC: the engine has all that it may have."""
+    def open(self, memory: UserMemory | None = None) -> Context:
+        """A new context, as each open of /dev/ioasid gives. ENOSPC: the engine has all that it may have.
+
+        `memory`: of the user, whose addresses MAP_DMA takes; None: this process.
+        """
         if len(self.contexts) >= MAX_CONTEXTS:
             raise IoasidError(errno.ENOSPC, f"open: {MAX_CONTEXTS} contexts are open: close one first")
-        context = Context(self)
+        context = Context(self, memory)
         self.contexts.add(context)
         return context
 
@@ -72,6 +79,11 @@ class Engine:
         telling it again would never end where, say, an event log lies in memory that faults.
         """
         self._listeners.append(listener)
+
+    def on_change(self, listener: ChangeListener) -> Callable[[], None]:
+        """Tell the listener of every attachment, detachment and invalidation. Answers with what ends that."""
+        self._watchers.append(listener)
+        return lambda: self._watchers.remove(listener)
 
     def totals(self, kind: Kind) -> SpaceCounters:
         """What all IOASIDs of a kind counted since the engine began, freed ones included.
@@ -119,6 +131,16 @@ class Engine:
         return fault
 
     # For Context.
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody wants to know of changes: else nobody need describe them."""
+        return bool(self._watchers)
+
+    def changed(self, change: Change) -> None:
+        """Tell who watches."""
+        for watcher in list(self._watchers):
+            watcher(change)
 
     def new_core_id(self) -> int:
         """A number for a space in the core: 32 bits, not 0, and used again as late as possible."""
