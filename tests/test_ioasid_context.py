@@ -355,10 +355,10 @@ def test_devices_of_the_engine(engine: Engine) -> None:
 
 
 def test_bounds(engine: Engine, ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backend.ioasid.context.MAX_IOASIDS", 4)
-    monkeypatch.setattr("backend.ioasid.context.MAX_CHILDREN", 2)
-    monkeypatch.setattr("backend.ioasid.context.MAX_MAPPINGS", 2)
-    monkeypatch.setattr("backend.ioasid.context.MAX_ATTACHMENTS", 2)
+    monkeypatch.setattr("backend.ioasid.allocation.MAX_IOASIDS", 4)
+    monkeypatch.setattr("backend.ioasid.allocation.MAX_CHILDREN", 2)
+    monkeypatch.setattr("backend.ioasid.memory.MAX_MAPPINGS", 2)
+    monkeypatch.setattr("backend.ioasid.attachments.MAX_ATTACHMENTS", 2)
     monkeypatch.setattr("backend.ioasid.engine.MAX_CONTEXTS", 2)
     ctx.alloc()
     ctx.create_nesting(1)

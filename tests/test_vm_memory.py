@@ -353,14 +353,14 @@ def test_bounds(vm: Vm, ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stage2_that_refuses_leaves_all_as_it_was(vm: Vm, ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
     vm.memory.map("a", Region(0, ram.size, ram.hva))
     before, mapped = vm.memory.extents, mappings_of(ram.fd)
-    monkeypatch.setattr("backend.ioasid.context.MAX_MAPPINGS", 2)
+    monkeypatch.setattr("backend.ioasid.memory.MAX_MAPPINGS", 2)
     with pytest.raises(IoasidError, match="2 mappings"):
         vm.memory.map("b", Region(PAGE, PAGE, ram.hva, R))
     assert vm.memory.extents == before and mappings_of(ram.fd) == mapped
     assert vm.port.read(PAGE, 8) == tag(0, 1) and vm.writable(PAGE)
     monkeypatch.undo()
     vm.memory.map("b", Region(PAGE, PAGE, ram.hva, R))
-    monkeypatch.setattr("backend.ioasid.context.MAX_MAPPINGS", 0)
+    monkeypatch.setattr("backend.ioasid.memory.MAX_MAPPINGS", 0)
     with pytest.raises(IoasidError):
         vm.memory.unmap("b", Region(PAGE, PAGE, None))
     assert vm.memory.regions("b") == 0

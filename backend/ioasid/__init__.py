@@ -1,7 +1,8 @@
 """The IOASID uAPI: the only way in which translation state changes."""
 
 from .changes import Change, What
-from .commands import COMMANDS, Command
+from .command import Command
+from .commands import COMMANDS
 from .context import Context
 from .device import Device
 from .engine import Engine

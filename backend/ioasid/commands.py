@@ -6,119 +6,11 @@ refused with an errno that the command's row does not list.
 """
 
 import errno
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Mapping
 from types import MappingProxyType
 
-from backend.core import RW, Access
-
-from .errors import IoasidError
-from .formats import PAGE_SIZE
+from .command import Command, Field, Unit
 from .kinds import Kind
-from .limits import MAX_PASID, MAX_RID
-
-COMMON_ERRORS = MappingProxyType({errno.EBADF: "the context was closed"})
-"""What any command can answer."""
-
-U32_END = 1 << 32
-U64_END = 1 << 64
-
-
-def _number(value: object, end: int) -> str | None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        return "is no number"
-    return None if 0 <= value < end else f"does not lie in [0, {end:#x})"
-
-
-def _pages(value: object, end: int) -> str | None:
-    wrong = _number(value, end)
-    if wrong is None and isinstance(value, int) and value % PAGE_SIZE:
-        return f"is not a multiple of {PAGE_SIZE}: round it to whole pages"
-    return wrong
-
-
-def _access(value: object) -> str | None:
-    if not isinstance(value, Access) or int(value) > int(RW):
-        return "is none of read, write and both"
-    return None
-
-
-def _name(value: object) -> str | None:
-    return None if isinstance(value, str) and value else "is no name"
-
-
-class Unit(Enum):
-    """What a field holds: its description, and a check that answers with what is wrong or None."""
-
-    IOASID = ("number local to the context", lambda v: _number(v, U32_END))
-    RID = ("bus/device/function, 16 bits", lambda v: _number(v, MAX_RID + 1))
-    PASID = ("20 bits", lambda v: _number(v, MAX_PASID + 1))
-    ADDRESS = ("bytes, a multiple of 4096", lambda v: _pages(v, U64_END))
-    SIZE = (
-        "bytes, a multiple of 4096, not 0",
-        lambda v: "is 0: name at least one page" if v == 0 else _pages(v, U64_END + 1),
-    )
-    LENGTH = ("bytes, a multiple of 4096, may be 0", lambda v: _pages(v, U64_END + 1))
-    COUNT = ("number", lambda v: _number(v, U32_END))
-    COOKIE = ("64 bits chosen by the user", lambda v: _number(v, U64_END))
-    ACCESS = ("READ, WRITE or both", _access)
-    NAME = ("name", _name)
-    FLAG = ("yes or no", lambda v: None if isinstance(v, bool) else "is neither yes nor no")
-
-    def __init__(self, text: str, check: Callable[[object], str | None]) -> None:
-        self.text = text
-        self.check = check
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One input of a command. An optional one may be None."""
-
-    name: str
-    unit: Unit
-    optional: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One row. `number`: n of _IO(IOASID_TYPE, IOASID_BASE + n) where v1 has one; `kinds`: of the IOASID that it
-    names."""
-
-    name: str
-    number: int | None
-    summary: str
-    fields: tuple[Field, ...] = ()
-    kinds: frozenset[Kind] = frozenset(Kind)
-    errors: Mapping[int, str] = field(default_factory=dict)
-
-    @property
-    def takes_ioasid(self) -> bool:
-        """Whether a field names an IOASID."""
-        return any(each.unit is Unit.IOASID for each in self.fields)
-
-    def refuse(self, code: int, sentence: str) -> IoasidError:
-        """The error to raise. An errno that the row does not list is a mistake of ours: KeyError."""
-        if code not in self.errors and code not in COMMON_ERRORS:
-            raise KeyError(f"{self.name} does not list {errno.errorcode[code]} (while refusing: {sentence})")
-        return IoasidError(code, f"{self.name}: {sentence}")
-
-    def check(self, **values: object) -> None:
-        """Raise EINVAL where a field does not hold what its unit says."""
-        for each in self.fields:
-            value = values[each.name]
-            if value is None and each.optional:
-                continue
-            wrong = each.unit.check(value)
-            if wrong is not None:
-                shown = f"{value:#x}" if isinstance(value, int) else repr(value)
-                raise self.refuse(errno.EINVAL, f"{each.name} {shown} {wrong}")
-
-    def check_range(self, name: str, start: int, size: int) -> None:
-        """Raise EOVERFLOW where start + size wraps around 64 bits."""
-        if start + size > U64_END:
-            raise self.refuse(errno.EOVERFLOW, f"{name} {start:#x} + size {size:#x} goes past 2^64: shorten it")
-
 
 _UNKNOWN = "no IOASID of this number in this context"
 _FIELD = "a field does not hold what its unit says"
@@ -134,9 +26,18 @@ ALLOC = Command(
     "ALLOC",
     3,
     "a new IOASID of a kind and a format; answers with its number",
-    (Field("kind", Unit.NAME), *_FORMAT),
+    (
+        Field("kind", Unit.NAME),
+        *_FORMAT,
+        Field("accessed", Unit.FLAG),
+        Field("dirty", Unit.FLAG),
+        Field("parent", Unit.IOASID, optional=True),
+        Field("root", Unit.ADDRESS, optional=True),
+        Field("pid", Unit.COUNT, optional=True),
+    ),
     errors={
-        errno.EINVAL: _FIELD + ", or the kind cannot stand without a parent",
+        errno.EINVAL: _FIELD + ", or fields that do not go with the kind: user needs a parent, sva a process",
+        errno.ENOENT: _UNKNOWN + " (the parent)",
         errno.EOPNOTSUPP: "no such kind, or the format is not offered for it",
         errno.ENOSPC: "the context has all the IOASIDs, or the engine all the tables, it may have",
         errno.ENOMEM: "no memory for the table",
@@ -194,11 +95,12 @@ UNMAP_DMA = Command(
 CREATE_NESTING = Command(
     "CREATE_NESTING",
     8,
-    "a guest-managed IOASID beneath a host-managed one; answers with its number",
-    (Field("parent", Unit.IOASID),),
+    "an IOASID beneath a host-managed one, guest-managed or (kernel) host-managed; answers with its number",
+    (Field("parent", Unit.IOASID), Field("kind", Unit.NAME)),
     _ON_KERNEL,
     {
         errno.EINVAL: _FIELD + ", or the parent is guest-managed",
+        errno.EOPNOTSUPP: "no nesting of this kind",
         errno.ENOENT: _UNKNOWN,
         errno.ENOSPC: "the context has all the IOASIDs, or the parent all the children, it may have",
         errno.ENOMEM: "no memory for it",
