@@ -14,10 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from backend.cli.supervisor import guarded
-from bench import core_bench, mmio_bench
+from bench import core_bench, mmio_bench, scale_bench, table_bench, walk_bench
 from bench.result import Result
 
-SUITES: dict[str, Callable[[], Sequence[Result]]] = {"core": core_bench.results, "mmio": mmio_bench.results}
+SUITES: dict[str, Callable[[], Sequence[Result]]] = {
+    "walk": walk_bench.results,
+    "core": core_bench.results,
+    "table": table_bench.results,
+    "scale": scale_bench.results,
+    "mmio": mmio_bench.results,
+}
 
 
 def main() -> int:

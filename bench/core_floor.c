@@ -4,28 +4,62 @@
  */
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "bench_clock.h"
 #include "engine.h"
 
-/* of this thread alone: others share the machine */
-static double now(void)
+void bench_table(vio_engine *engine, uint32_t ioasid, vio_table *out)
 {
-    struct timespec t;
-
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
+    *out = space_find(engine, ioasid)->table.table;
 }
 
-/* Addresses are below 2^63, which the compiler does not know: so this is zero, and waits for `address`. */
-static uint64_t after(uint64_t address)
+uint64_t bench_space_bytes(void)
 {
-    return address >> 63;
+    return sizeof(struct space) + 2 * sizeof(struct index_slot);
 }
 
-const void *bench_stage2_root(vio_engine *engine, uint32_t ioasid)
+/* The pages of a guest's table, one call of the builder each; `map` is the core's own function. */
+int bench_fill(void *map, void *table, const uint64_t *gpas, uint64_t count, uint64_t page)
 {
-    return (const void *)(uintptr_t)space_find(engine, ioasid)->table.table.tree.root;
+    int (*each)(void *, uint64_t, uint64_t, uint64_t, uint32_t);
+    int status = 0;
+
+    memcpy(&each, &map, sizeof each);
+    for (uint64_t i = 0; i < count && !status; i++)
+        status = each(table, i * page, gpas[i], page, RW_BOTH);
+    return status;
+}
+
+double floor_entries(uint64_t *entries, uint64_t count, uint64_t rounds)
+{
+    double start = now();
+
+    for (uint64_t round = 0; round < rounds; round++) {
+        for (uint64_t i = 0; i < count; i++)
+            entries[i] = (i << 12) | (3ull << 61 | 1);
+        __asm__ volatile("" ::: "memory");
+    }
+    return (now() - start) / (double)(rounds * count);
+}
+
+double floor_clear(uint64_t *entries, uint64_t count, uint64_t rounds)
+{
+    double start = now();
+
+    for (uint64_t round = 0; round < rounds; round++) {
+        memset(entries, 0, count * sizeof *entries);
+        __asm__ volatile("" ::: "memory");
+    }
+    return (now() - start) / (double)(rounds * count);
+}
+
+uint64_t bench_walk_one(vio_engine *engine, uint32_t ioasid, uint64_t iova)
+{
+    struct space *space = space_find(engine, ioasid);
+    struct guard guard = {.memory = {0}};
+    struct walk walk = {.need = VIO_READ, .iova = iova};
+
+    return space->walk(space, &guard, &walk) ? 0 : walk.hva;
 }
 
 double bench_walk(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, uint64_t count, uint64_t rounds)
@@ -43,36 +77,6 @@ double bench_walk(vio_engine *engine, uint32_t ioasid, const uint64_t *iovas, ui
                 abort();
             last = walk.hva;
         }
-    return (now() - start) / (double)(rounds * count);
-}
-
-#define OA 0x000ffffffffff000ull
-
-static inline uint64_t bare_stage2(const uint64_t *table, unsigned levels, uint64_t gpa)
-{
-    for (unsigned level = levels; level; level--)
-        table = (const uint64_t *)(uintptr_t)(table[gpa >> (3 + 9 * level) & 511] & OA);
-    return (uint64_t)(uintptr_t)table | (gpa & 4095);
-}
-
-double floor_walk(uint64_t root1, const void *root2, unsigned levels, const uint64_t *iovas, uint64_t count,
-                  uint64_t rounds)
-{
-    uint64_t last = 0;
-    double start = now();
-
-    for (uint64_t round = 0; round < rounds; round++)
-        for (uint64_t i = 0; i < count; i++) {
-            uint64_t iova = iovas[i] + after(last), gpa = root1;
-
-            for (unsigned level = levels; level; level--) {
-                gpa += (iova >> (3 + 9 * level) & 511) * 8;
-                gpa = *(const uint64_t *)(uintptr_t)bare_stage2(root2, levels, gpa) & OA;
-            }
-            last = bare_stage2(root2, levels, gpa | (iova & 4095));
-        }
-    if (after(last))
-        abort();
     return (now() - start) / (double)(rounds * count);
 }
 

@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from core_sanitizers import build, run
 
-from backend.core.build import SOURCES
-
-ROOT = Path(__file__).resolve().parent.parent
-CORE = ROOT / "backend" / "core"
-DRIVER = ROOT / "tests" / "core_driver.c"
-COMPILER = shutil.which("gcc") or shutil.which("cc")
-
-
-def build(folder: Path, sanitizers: str) -> Path:
-    """Build the driver with the core's own sources; skip where the host's compiler lacks the sanitizer."""
-    if COMPILER is None:
-        pytest.skip("no C compiler: install gcc")
-    made = folder / "driver"
-    command = [
-        COMPILER, "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CORE}",
-        f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-o", str(made), str(DRIVER),
-        *(str(CORE / f"{source}.c") for source in SOURCES),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "cannot find" in done.stderr and "san" in done.stderr:
-        pytest.skip(
-            f"the compiler's run-time for -fsanitize={sanitizers} is missing: install libgcc-dev's libasan/libtsan"
-        )
-    assert done.returncode == 0, done.stderr
-    return made
-
-
-def run(driver: Path, *arguments: str) -> None:
-    # Without a fixed layout of addresses: ThreadSanitizer cannot place its shadow in every random one.
-    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    environment = {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", "ASAN_OPTIONS"}}
-    done = subprocess.run(
-        [*fixed, str(driver), *arguments], capture_output=True, text=True, check=False, timeout=60, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    assert done.stderr == ""
+DRIVER = "core_driver.c"
+TRACKING_DRIVER = "core_tracking_driver.c"
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("asan"), "address,undefined")
+    return build(tmp_path_factory.mktemp("asan"), "address,undefined", DRIVER)
 
 
 @pytest.mark.parametrize("seed", range(1, 5))
@@ -82,7 +46,13 @@ def test_iotlb_sets_are_read_whole(address: Path) -> None:
 
 
 def test_threads(tmp_path: Path) -> None:
-    driver = build(tmp_path, "thread")
+    driver = build(tmp_path, "thread", DRIVER)
     run(driver, "threads", "500")
     run(driver, "iotlb", "200000")
     run(driver, "used-bits")
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_dirty_tracking_and_pasid_tables_in_threads(tmp_path: Path, sanitizers: str) -> None:
+    """No write between two reads of the dirty pages is lost; no PASID's old table is used after its invalidation."""
+    run(build(tmp_path, sanitizers, TRACKING_DRIVER), "500")

@@ -29,6 +29,7 @@ from backend.core.errors import (
 )
 from backend.core.memory import PlainMemory
 from backend.core.native import ANY_PASID
+from backend.core.pasid_format import AmdGcr3, ArmCd, PasidFormat, RiscVPdt, VtdPasid
 from backend.core.path import Path, Step
 from backend.core.tables import TableBuilder
 
@@ -38,6 +39,8 @@ __all__ = [
     "ANY_PASID",
     "RW",
     "Access",
+    "AmdGcr3",
+    "ArmCd",
     "BadValueError",
     "BufferGoneError",
     "BusyError",
@@ -52,10 +55,12 @@ __all__ = [
     "NoMemoryError",
     "NotMappedError",
     "OverlapError",
+    "PasidFormat",
     "Path",
     "PlainMemory",
     "Prot",
     "Reason",
+    "RiscVPdt",
     "RouteCounters",
     "SpaceCounters",
     "Step",
@@ -64,4 +69,5 @@ __all__ = [
     "Translations",
     "UnknownIdError",
     "UntrackedError",
+    "VtdPasid",
 ]

@@ -112,7 +112,7 @@ typedef struct {
     uint32_t leaf_bits;     /* Arm, 2 levels: log2 of the descriptors in a lower table, 6 (4 KiB) or 10 (64 KiB) */
     uint32_t table_levels;  /* AMD: levels of the guest tables, 4 or 5 (GuestPagingMode), 0: 4 */
     uint32_t output_bits;   /* width of GPAs: VT-d HAW, 0: 52; Arm OAS, 0: 48; AMD, 0: as the format */
-    uint32_t flags;         /* VIO_TABLE_* of all tables found, beside what the PASID table says */
+    uint32_t flags;         /* VIO_TABLE_* of tables found whose format takes them, beside what the PASID table says */
     uint32_t default_pasid; /* of requests that carry none; VIO_NO_PASID: they are blocked */
 } vio_pasid_table;
 
@@ -208,6 +208,8 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid);
 int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access);
 int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size);
 int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t access);
+/* The table of a host-managed space, its root an HVA; of a nested one: what is bound. For tests and explanations. */
+int vio_space_table_get(vio_engine *engine, uint32_t ioasid, vio_table *out);
 int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table);
 int vio_space_unbind(vio_engine *engine, uint32_t ioasid);
 int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last);

@@ -11,7 +11,7 @@ from typing import Any
 
 from backend.core._native import ffi, lib
 from backend.core.answers import RW, Access, Counters, RouteCounters, SpaceCounters
-from backend.core.errors import BadValueError, UnknownIdError
+from backend.core.errors import BadValueError
 from backend.core.native import LAST_ADDRESS, MAX_IOASID
 from backend.core.native import address as _address
 from backend.core.native import check as _check
@@ -21,6 +21,7 @@ from backend.core.native import number as _number
 from backend.core.native import pasid_of as _pasid
 from backend.core.native import route_pasid as _route_pasid
 from backend.core.native import small as _small
+from backend.core.pasid_format import PasidFormat
 from backend.core.requests import Requests
 
 BYTES = ffi.typeof("char[]")
@@ -183,46 +184,25 @@ class Core(Requests):
         """Take a nested space's table away. Raises: UnknownIdError, KindError."""
         _check(lib.vio_space_unbind(self._engine, _id(ioasid)), ioasid)
 
-    def bind_pasid_table(
-        self,
-        ioasid: int,
-        *,
-        fmt: str,
-        root: int,
-        levels: int = 0,
-        pasid_bits: int = 0,
-        leaf_bits: int = 0,
-        table_levels: int = 0,
-        output_bits: int = 0,
-        flags: int = 0,
-        default_pasid: int | None = None,
-    ) -> None:
+    def bind_pasid_table(self, ioasid: int, *, fmt: PasidFormat, root: int, default_pasid: int | None = None) -> None:
         """Let requests to a nested space be translated by the table of their PASID, found in a PASID table at `root`.
 
-        Replaces a table or PASID table bound before. What was found is used again until the space or the PASID is
-        invalidated, or the parent changes. Attach the space as (rid, ANY_PASID) for all PASIDs of a device.
+        Replaces a table or PASID table bound before; unbind_table takes it away. What was found is used again until
+        the space or the PASID is invalidated, or the parent changes. Attach the space as (rid, ANY_PASID) for all
+        PASIDs of a device.
 
         Args:
-            fmt: "amd-gcr3", "vtd-pasid" (directory and tables), "arm-cd" (context descriptors), "riscv-pdt".
-            root: GPA of the root table or directory.
-            levels: AMD 1 to 3 (GLX + 1); RISC-V 1 to 3 (PD8, PD17, PD20); Arm 1 (linear) or 2.
-            pasid_bits: Arm: S1CDMax; VT-d: 13 to 20 (PDTS + 13), by default 20.
-            leaf_bits: Arm with 2 levels: 6 or 10, log2 of the descriptors in a lower table.
-            table_levels: AMD: levels of the guest's tables, 4 (default) or 5.
-            output_bits: width of the addresses in the tables: VT-d 52 by default, Arm 48 (OAS).
-            flags: options of all tables found, beside what the PASID table itself says of each.
+            root: GPA of the root table or directory, aligned as the format asks.
             default_pasid: PASID of requests that carry none; None: they are answered by a BLOCKED fault.
 
-        Raises: BadValueError, UnknownIdError, KindError (host-managed space, or no such format over the parent's).
+        Raises: BadValueError, UnknownIdError, KindError (host-managed space).
         """
-        table = ffi.new("vio_pasid_table *")
-        table.root = _address(root, "root")
-        table.levels, table.pasid_bits, table.leaf_bits = _small(levels), _small(pasid_bits), _small(leaf_bits)
-        table.table_levels, table.output_bits = _small(table_levels), _small(output_bits)
-        table.flags, table.default_pasid = flags, _pasid(default_pasid)
-        number = lib.vio_pasid_format_find(fmt.encode())
-        if number < 0:
-            raise UnknownIdError(f"no kind of PASID table is named {fmt!r}")
+        _address(root, "root")
+        try:
+            table = ffi.new("vio_pasid_table *", {**fmt.fields(), "root": root, "default_pasid": _pasid(default_pasid)})
+        except OverflowError as beyond:
+            raise BadValueError(f"{fmt} has a number that no table has") from beyond
+        number = lib.vio_pasid_format_find(fmt.name.encode())
         _check(lib.vio_pasid_bind(self._engine, _id(ioasid), number, table), ioasid)
 
     def invalidate(self, ioasid: int, iova: int = 0, size: int | None = None, *, pasid: int | None = None) -> None:

@@ -130,8 +130,8 @@ static inline uint64_t route_key(uint32_t rid, uint32_t pasid)
 }
 
 /* walk.c */
-walk_fn walk_host(int format);                /* NULL: the format cannot hold tables of ours */
-walk_fn walk_nested(int stage1, int stage2); /* NULL: no such pair */
+walk_fn walk_host(int format);
+walk_fn walk_nested(int stage1, int stage2);
 
 /* host_table.c: tables that the core builds. All but the last answer a vio_status. */
 int host_table_create(struct pool *pool, struct pt_config *table);

@@ -3,6 +3,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <unistd.h>
 
 #define PAGE_MASK_4K ((uintptr_t)4095)
 
@@ -59,6 +60,14 @@ static void on_signal(int sig, siginfo_t *info, void *ucontext)
         if (window_holds(&guard->buffer, address))
             siglongjmp(guard->env, GUARD_BUFFER);
     }
+    /*
+     * Raised by this thread itself, which runs our code alone: so by a handler in front of ours that has reported the
+     * fault and put us back. On return the instruction faults again, and then we are told where.
+     */
+    if (guard && info->si_code == SI_TKILL && info->si_pid == getpid() && !guard->raised) {
+        guard->raised = 1;
+        return;
+    }
     pass_on(sig == SIGBUS ? 0 : 1, sig, info, ucontext);
 }
 
@@ -100,6 +109,7 @@ int guard_run(struct guard *guard, int (*body)(struct guard *, void *), void *co
         return lost;
     }
     guard->memory.size = 0;
+    guard->raised = 0;
     current = guard;
     *result = body(guard, context);
     current = NULL;

@@ -5,6 +5,10 @@
  * kernel then answers a load or store with SIGBUS (SIGSEGV for an unmapped page). Between guard_enter and guard_leave
  * such a signal, at an address inside the window announced last, makes the guarded call return GUARD_MEMORY or
  * GUARD_BUFFER instead; at any other address it is a bug of ours and goes on to whoever handled it before.
+ *
+ * Somebody may install a handler in front of ours. One that reports a signal and then raises it again for the one before
+ * (Python's faulthandler) costs a false report, no more: see on_signal. guard_install puts ours first again, and is
+ * called whenever memory is mapped.
  */
 #ifndef VIOASID_GUARD_H
 #define VIOASID_GUARD_H
@@ -22,13 +26,14 @@ struct guard_window {
 
 struct guard {
     sigjmp_buf env;
+    volatile int raised; /* a signal was raised again in front of us: once is a report */
     struct guard_window memory; /* guest memory about to be touched */
     struct guard_window buffer; /* the caller's buffer: may itself be a mapped file */
 };
 
 /*
  * Install the process's handler for SIGBUS and SIGSEGV, or put it first again if somebody came after it. Whoever
- * installs another one later must hand on to this one what is not his, siginfo included.
+ * installs another one later must hand on to this one what is not his, by a call with siginfo or by raising it again.
  */
 int guard_install(void);
 

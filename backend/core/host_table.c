@@ -34,7 +34,7 @@ PT_INLINE void fill_run(const struct pt_format *format, const struct pt_config *
     {                                                                                                                  \
         fill_run(&name##_format, config, entry, count, oa, perm);                                                      \
     }
-HOST_FORMATS(X)
+FORMATS(X)
 #undef X
 
 static struct builder builder(struct pool *pool, int format, const struct pt_config *config)
@@ -44,7 +44,7 @@ static struct builder builder(struct pool *pool, int format, const struct pt_con
 #define X(name)                                                                                                        \
     if (format == PT_##name)                                                                                           \
         b.fill_run = fill_run_##name;
-    HOST_FORMATS(X)
+    FORMATS(X)
 #undef X
     return b;
 }

@@ -269,7 +269,7 @@ static int lookup_pasid(struct lookup *lookup, const struct space *bound)
     struct pasid_lookup through = {.reader = {.load = load_word}, .lookup = lookup, .stage2 = bound->parent};
     const vio_step none = {.stage = 1, .pasid_table = 1};
     uint32_t pasid = request->pasid == VIO_NO_PASID ? table->table.default_pasid : request->pasid;
-    struct pasid_entry entry;
+    struct pasid_target target;
     struct space *own = &lookup->own;
     int reason;
 
@@ -279,16 +279,10 @@ static int lookup_pasid(struct lookup *lookup, const struct space *bound)
         return VIO_REASON_BLOCKED;
     }
     lookup->pasid_table = true;
-    reason = table->format->find(&table->table, pasid, &through.reader, &entry);
+    reason = pasid_find(table, pasid, &through.reader, &target);
     lookup->pasid_table = false;
     if (reason && through.reader.unreadable)
         return reason;
-    own->parent = bound->parent;
-    if (!reason && entry.format) {
-        own->format = vio_format_find(entry.format);
-        own->table = (struct pt_config){.table = entry.table};
-        reason = table_config_ok(own->format, &own->table, false) ? 0 : VIO_REASON_RESERVED_BITS;
-    }
     if (reason) {
         if (!through.reader.level) {
             request->walk.stage = 1;
@@ -297,14 +291,16 @@ static int lookup_pasid(struct lookup *lookup, const struct space *bound)
         lookup->step->reason = (uint8_t)reason;
         return end_at(lookup, lookup->step, lookup->step->address, false, reason);
     }
-    lookup->path->format = entry.format ? own->format : -1;
+    own->parent = bound->parent;
+    own->format = lookup->path->format = target.format;
+    own->table = target.config;
     request->walk.pasid_table = false;
-    if ((request->need & VIO_PRIVILEGED) && !entry.privileged) {
+    if ((request->need & VIO_PRIVILEGED) && !target.privileged) {
         end_at(lookup, &none, 0, false, 0);
         request->walk.has_gpa = false;
         return VIO_REASON_PERMISSION;
     }
-    request->space = entry.format ? own : own->parent;
+    request->space = target.format >= 0 ? own : own->parent;
     return 0;
 }
 

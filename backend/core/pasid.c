@@ -120,27 +120,37 @@ static int load_word(struct pasid_reader *reader, uint64_t at, unsigned level, u
     return 0;
 }
 
+int pasid_find(const struct pasid_table *table, uint32_t pasid, struct pasid_reader *reader,
+               struct pasid_target *target)
+{
+    struct pasid_entry entry;
+    int reason = table->format->find(&table->table, pasid, reader, &entry);
+
+    if (reason)
+        return reason;
+    *target = (struct pasid_target){.format = -1, .privileged = entry.privileged};
+    if (!entry.format)
+        return 0;
+    target->format = vio_format_find(entry.format);
+    target->config.table = entry.table;
+    target->config.table.flags |= table->table.flags & pt_formats[target->format]->flags;
+    return table_config_ok(target->format, &target->config, false) ? 0 : VIO_REASON_RESERVED_BITS;
+}
+
 int pasid_read(const struct space *bound, uint32_t pasid, struct guard *guard, struct walk *walk,
                struct pasid_found *found)
 {
     const struct pasid_table *table = bound->pasids;
     struct reader reader = {.reader = {.load = load_word}, .stage2 = bound->parent, .guard = guard, .walk = walk};
     struct iotlb_scope below = {.above = (struct iotlb_scope *)&bound->scope};
-    struct pt_config config;
-    int reason, format;
+    int reason;
 
     if (pasid == VIO_NO_PASID)
         pasid = table->table.default_pasid;
     walk->pasid_table = true;
-    reason = table->format->find(&table->table, pasid, &reader.reader, &found->entry);
+    reason = pasid_find(table, pasid, &reader.reader, &found->target);
     if (reason && reader.reader.unreadable)
         return reason; /* load_word has told where */
-    if (!reason && found->entry.format) {
-        config = (struct pt_config){.table = found->entry.table};
-        format = vio_format_find(found->entry.format);
-        if (!table_config_ok(format, &config, false))
-            reason = VIO_REASON_RESERVED_BITS;
-    }
     walk->reading_level = 0;
     if (reason)
         return fault_at(walk, reader.reader.level, reader.reader.at, reader.reader.entry, reason);
@@ -179,7 +189,7 @@ static struct pasid_space *make_found(struct vio_engine *engine, struct space *b
 
 int pasid_keep(struct vio_engine *engine, const struct pasid_found *found)
 {
-    const struct pasid_entry *entry = &found->entry;
+    const struct pasid_target *target = &found->target;
     struct pasid_space *kept;
     struct space *bound;
     int status = VIO_OK;
@@ -194,13 +204,12 @@ int pasid_keep(struct vio_engine *engine, const struct pasid_found *found)
         if (kept && iotlb_above(&kept->space.scope) == found->generation) {
             iotlb_forget(&engine->iotlb, &kept->space.scope);
             kept->generation = found->generation;
-            kept->privileged = entry->privileged;
+            kept->privileged = target->privileged;
             kept->space.walk = walk_stage2;
-            if (entry->format) {
-                kept->space.format = vio_format_find(entry->format);
-                kept->space.table = (struct pt_config){.table = entry->table};
-                table_config_ok(kept->space.format, &kept->space.table, false);
-                kept->space.walk = walk_nested(kept->space.format, bound->parent->format);
+            if (target->format >= 0) {
+                kept->space.format = target->format;
+                kept->space.table = target->config;
+                kept->space.walk = walk_nested(target->format, bound->parent->format);
             }
         }
     }
@@ -216,16 +225,12 @@ int vio_pasid_format_find(const char *name)
     return VIO_ERR_UNKNOWN;
 }
 
-/* Are there walkers for every stage-1 format that the table can lead to? */
-static bool walkable(const struct pasid_format *format, const struct space *stage2)
+/* Does some stage-1 format that the table can lead to take each of the options? */
+static bool flags_ok(const struct pasid_format *format, uint32_t flags)
 {
-    for (const char *const *name = format->leads_to; *name; name++) {
-        int id = vio_format_find(*name);
-
-        if (id < 0 || !walk_nested(id, stage2->format))
-            return false;
-    }
-    return true;
+    for (const char *const *name = format->leads_to; *name; name++)
+        flags &= ~pt_formats[vio_format_find(*name)]->flags;
+    return !flags;
 }
 
 int vio_pasid_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_pasid_table *options)
@@ -246,11 +251,11 @@ int vio_pasid_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_pa
     engine_change_begin(engine);
     table->serial = ++engine->pasids.serial;
     space = space_find(engine, ioasid);
-    if (!table->format->prepare(&table->table) ||
+    if (!table->format->prepare(&table->table) || !flags_ok(table->format, table->table.flags) ||
         (table->table.default_pasid >> 20 && table->table.default_pasid != VIO_NO_PASID))
         status = VIO_ERR_VALUE;
     else if (space)
-        status = space->parent && walkable(table->format, space->parent) ? VIO_OK : VIO_ERR_KIND;
+        status = space->parent ? VIO_OK : VIO_ERR_KIND;
     if (!status) {
         pasid_table_free(engine, space->pasids);
         space->pasids = table;

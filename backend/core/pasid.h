@@ -24,12 +24,23 @@ struct pasid_table {
     uint64_t serial;    /* no other table of the engine has or had it; a new one whenever a PASID is invalidated */
 };
 
+/* What a PASID leads to. */
+struct pasid_target {
+    int format;              /* of stage 1; -1: none, addresses are stage 2's */
+    struct pt_config config; /* of its table */
+    bool privileged;         /* requests with privilege are let in */
+};
+
 /* What a request read in a PASID table, until it is kept. */
 struct pasid_found {
     uint32_t ioasid, pasid;
     uint64_t serial, generation; /* of the table, and above the PASID's scope, when it was read */
-    struct pasid_entry entry;
+    struct pasid_target target;
 };
+
+/* Find what a PASID leads to: 0, or a reason, the reader telling where. */
+int pasid_find(const struct pasid_table *table, uint32_t pasid, struct pasid_reader *reader,
+               struct pasid_target *target);
 
 /*
  * A request has passed the gate: the space of its PASID in *out, and 0; a reason, walk telling where; or PASID_UNREAD,

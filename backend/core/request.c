@@ -4,6 +4,8 @@
 /* How often a job reads a PASID table anew because what it read was invalidated before it could be used. */
 #define PASID_READS 16
 
+uint32_t job_budget = JOB_BUDGET;
+
 static __thread vio_fault last_fault;
 
 const vio_fault *vio_last_fault(void)
@@ -198,15 +200,17 @@ static int run_pasid_read(struct guard *guard, void *context)
     struct job *job = context;
     struct request *request = job->at;
 
-    return pasid_read(request->space, request->pasid, guard, &request->walk, &job->found);
+    return pasid_read(request->space, request->pasid, guard, &request->walk, job->found);
 }
 
 int job_run(struct job *job, job_body body)
 {
+    struct pasid_found found;
     unsigned reads = 0;
     int reason;
 
-    job->budget = JOB_BUDGET;
+    job->found = &found;
+    job->budget = job_budget;
     for (;;) {
         bool unread;
 
@@ -222,7 +226,7 @@ int job_run(struct job *job, job_body body)
         if (reason != JOB_PAUSED && !(unread && !reason))
             break;
         gate_leave(&job->engine->gate);
-        if (unread && (reason = pasid_keep(job->engine, &job->found)))
+        if (unread && (reason = pasid_keep(job->engine, &found)))
             return reason;
     }
     account(job, &job->request, reason > 0 && job->at == &job->request);

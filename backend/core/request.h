@@ -18,6 +18,8 @@
 #define JOB_BUDGET (128 << 10)
 #define STEP_COST 1024
 
+extern uint32_t job_budget; /* JOB_BUDGET; tests let jobs pause sooner */
+
 #define JOB_PAUSED (-1000) /* a guarded part's answer beside reasons: a change waits. No vio_status */
 
 struct request {
@@ -49,7 +51,7 @@ struct job {
     uint64_t done;
     bool in_parts; /* it moves what can be moved by pages, so that a loss in the middle can be found */
     bool by_pages; /* memory was lost: go on page by page, to know how many bytes are done */
-    struct pasid_found found; /* read in a PASID table */
+    struct pasid_found *found; /* read in a PASID table */
     const void *buffer; /* the caller's, which may be a mapped file and go away */
     uint64_t buffer_size;
 };
@@ -103,7 +105,7 @@ static inline bool must_pause(struct job *job)
 {
     if (__builtin_expect(job->budget > 0, 1))
         return false;
-    job->budget = JOB_BUDGET;
+    job->budget = job_budget;
     return gate_wanted(&job->engine->gate);
 }
 

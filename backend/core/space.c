@@ -4,7 +4,8 @@
 #include <stdlib.h>
 
 /* Addresses of a process's own half on x86-64 with 4-level paging; Linux gives no others unless asked. */
-#define HVA_END (1ull << 47)
+#define HVA_BITS 47
+#define HVA_END (1ull << HVA_BITS)
 #define PAGE_BITS 4095ull
 
 static int space_add(struct vio_engine *engine, uint32_t ioasid, struct space **out)
@@ -47,17 +48,17 @@ bool table_config_ok(int format, struct pt_config *config, bool host)
             return false;
         table->tree.granule = PT_GRANULE;
     }
-    return f->prepare(config, host);
+    /* a table of ours must hold any address of this process */
+    return f->prepare(config, host) && (!host || table->output_bits >= HVA_BITS);
 }
 
 int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table)
 {
+    struct pt_config config = {.table = *table};
     struct space *space;
     int status;
 
-    struct pt_config config = {.table = *table};
-
-    if (format < 0 || format >= PT_FORMATS || !walk_host(format))
+    if (format < 0 || format >= PT_FORMATS)
         return VIO_ERR_KIND;
     if (!table_config_ok(format, &config, true))
         return VIO_ERR_VALUE;
@@ -128,6 +129,8 @@ int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t h
     if (!size || ((iova | hva | size) & PAGE_BITS) || iova + (size - 1) < iova || !hva || hva >= HVA_END ||
         size > HVA_END - hva || !access || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
+    if (guard_install())
+        return VIO_ERR_MEMORY;
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
@@ -195,10 +198,9 @@ int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64
 
 int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_table *table)
 {
+    struct pt_config config = {.table = *table};
     struct space *space;
     int status = VIO_ERR_UNKNOWN;
-
-    struct pt_config config = {.table = *table};
 
     if (format < 0 || format >= PT_FORMATS)
         return VIO_ERR_KIND;
@@ -258,6 +260,21 @@ int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, ui
         if (space->pasids)
             iotlb_forget_below(&engine->iotlb, &space->scope);
     }
+    engine_change_end(engine);
+    return status;
+}
+
+int vio_space_table_get(vio_engine *engine, uint32_t ioasid, vio_table *out)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    engine_change_begin(engine);
+    space = space_find(engine, ioasid);
+    if (space)
+        status = space->walk ? VIO_OK : VIO_ERR_KIND;
+    if (!status)
+        *out = space->table.table;
     engine_change_end(engine);
     return status;
 }

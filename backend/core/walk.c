@@ -7,33 +7,39 @@
         (void)guard; /* our own tables stay */                                                                         \
         return walk_host_space(&format##_format, space, walk);                                                         \
     }
-HOST_FORMATS(X)
+FORMATS(X)
 #undef X
 
-#define X(stage1, stage2)                                                                                              \
+#define PAIR(stage1, stage2)                                                                                           \
     static int nested_##stage1##_##stage2(const struct space *space, struct guard *guard, struct walk *walk)           \
     {                                                                                                                  \
         return walk_nested_space(&stage1##_format, &stage2##_format, space, guard, walk);                              \
     }
-PAIRS(X)
+#define X(stage2) FORMATS_OVER(PAIR, stage2)
+FORMATS(X)
 #undef X
+#undef PAIR
+
+static const walk_fn host_walks[PT_FORMATS] = {
+#define X(format) [PT_##format] = host_##format,
+    FORMATS(X)
+#undef X
+};
+
+static const walk_fn nested_walks[PT_FORMATS][PT_FORMATS] = {
+#define PAIR(stage1, stage2) [PT_##stage1][PT_##stage2] = nested_##stage1##_##stage2,
+#define X(stage2) FORMATS_OVER(PAIR, stage2)
+    FORMATS(X)
+#undef X
+#undef PAIR
+};
 
 walk_fn walk_host(int format)
 {
-#define X(name)                                                                                                        \
-    if (format == PT_##name)                                                                                           \
-        return host_##name;
-    HOST_FORMATS(X)
-#undef X
-    return NULL;
+    return host_walks[format];
 }
 
 walk_fn walk_nested(int stage1, int stage2)
 {
-#define X(one, two)                                                                                                    \
-    if (stage1 == PT_##one && stage2 == PT_##two)                                                                      \
-        return nested_##one##_##two;
-    PAIRS(X)
-#undef X
-    return NULL;
+    return nested_walks[stage1][stage2];
 }

@@ -29,8 +29,7 @@ PT_INLINE int walk_table(const struct pt_format *format, const struct pt_config 
 {
     const vio_tree *tree = &config->table.tree;
     unsigned level = tree->levels, granule = format->any_granule ? tree->granule : PT_GRANULE;
-    struct pt_start start = {.table = tree->root, .index = address, .levels = level, .granule = granule};
-    uint64_t at = start.table + pt_root_offset(granule, address, level);
+    uint64_t at = tree->root + pt_root_offset(granule, address, level);
 
     out->entry = 0;
     out->level = 0;
@@ -39,14 +38,14 @@ PT_INLINE int walk_table(const struct pt_format *format, const struct pt_config 
     for (;;) {
         uint64_t entry = __atomic_load_n((const uint64_t *)(uintptr_t)at, __ATOMIC_RELAXED);
         struct pt_entry decoded;
-        int reason = format->decode(config, &start, entry, level, true, &decoded);
+        int reason = format->decode(config, NULL, entry, level, true, &decoded);
 
         if (UNLIKELY(reason || !decoded.next)) {
             out->entry = entry;
             out->level = level;
             if (reason)
                 return reason;
-            out->perm = format->permissions(config, &start, ~0ull, entry, true);
+            out->perm = format->permissions(config, NULL, ~0ull, entry, true);
             out->size_lg2 = decoded.size_lg2;
             out->oa = decoded.oa | (address & ((1ull << decoded.size_lg2) - 1));
             return UNLIKELY(need & ~out->perm) ? VIO_REASON_PERMISSION : 0;

@@ -161,15 +161,23 @@ static inline struct tables take_tables(struct input *in, int format, uint64_t r
     return t;
 }
 
-/* Bytes from the start of its table to the entry for an address. */
+/* Bytes from the start of its table to the entry for an address, were there a table at that level. */
 static inline uint64_t entry_offset(const struct tables *t, uint64_t address, unsigned level)
 {
+    unsigned granule = t->config.table.tree.granule ? t->config.table.tree.granule : 12;
     struct pt_start start;
 
-    if (pt_formats[t->format]->start(&t->config, address, &start))
-        return pt_offset(t->config.table.tree.granule ? t->config.table.tree.granule : 12, address, level);
-    return level == start.levels ? pt_root_offset(start.granule, start.index, level)
-                                 : pt_offset(start.granule, start.index, level);
+    if (pt_entry_lg2(granule, level) > 63)
+        return 0;
+    if (!pt_formats[t->format]->start(&t->config, address, &start) && level == start.levels)
+        return pt_root_offset(start.granule, start.index, level);
+    return pt_offset(granule, address, level);
+}
+
+/* The unit in which a table of ours maps, in pages of 4 KiB. */
+static inline uint64_t pages_of(const struct tables *host)
+{
+    return 1ull << (host->config.table.tree.granule - 12);
 }
 
 static inline unsigned some_leaf_size(const struct tables *t, unsigned level, uint64_t number)

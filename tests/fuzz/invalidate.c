@@ -25,7 +25,8 @@ struct machine {
     vio_engine *engine[2]; /* with caches, and without */
     uint8_t leads[PAGES];  /* GPA page -> page of memory, PAGES: nowhere */
     uint64_t probe[PROBES];
-    int stage2; /* format */
+    int stage2;    /* format */
+    uint64_t unit; /* in which it maps, in pages */
     struct child child[CHILDREN];
 };
 
@@ -138,14 +139,17 @@ static void bind(struct machine *m, unsigned number, struct input *in)
 
 static void change_stage2(struct machine *m, struct input *in)
 {
-    uint64_t first = take(in, 1) % PAGES, count = 1 + take(in, 1) % 8, to = take(in, 1);
+    uint64_t first = take(in, 1) % PAGES, count = 1 + take(in, 1) % 8, to = take(in, 1), unit = m->unit;
 
-    for (uint64_t page = first; page < first + count && page < PAGES; page++) {
+    for (uint64_t page = first - first % unit; page < first + count && page < PAGES; page += unit) {
+        uint64_t lead = to & 128 ? PAGES : (page + to - to % unit) % PAGES;
+
         if (m->leads[page] < PAGES)
-            BOTH(m, vio_space_unmap, HOST, page * PAGE, PAGE);
-        m->leads[page] = to & 128 ? PAGES : (uint8_t)((page + to) % PAGES);
-        if (m->leads[page] < PAGES)
-            BOTH(m, vio_space_map, HOST, page * PAGE, (uintptr_t)ram + m->leads[page] * PAGE, PAGE, RW_BOTH);
+            BOTH(m, vio_space_unmap, HOST, page * PAGE, unit * PAGE);
+        for (uint64_t i = 0; i < unit; i++)
+            m->leads[page + i] = (uint8_t)(lead < PAGES ? lead + i : PAGES);
+        if (lead < PAGES)
+            BOTH(m, vio_space_map, HOST, page * PAGE, (uintptr_t)ram + lead * PAGE, unit * PAGE, RW_BOTH);
     }
 }
 
@@ -168,6 +172,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         ram = reserve(SIZE, 1 << 16, PROT_READ | PROT_WRITE);
     host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
     m.stage2 = host.format;
+    m.unit = pages_of(&host);
     HOLDS(!vio_engine_create(4 + (uint32_t)take(&in, 1), &m.engine[0]) && !vio_engine_create(0, &m.engine[1]));
     BOTH(&m, vio_space_create_host, HOST, host.format, &host.asked);
     BOTH(&m, vio_space_map, HOST, 0, (uintptr_t)ram, SIZE, RW_BOTH);

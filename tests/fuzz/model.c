@@ -419,7 +419,7 @@ static uint64_t word_at(uint64_t hva)
 static void move(struct model *m, struct input *in, uint32_t rid, uint64_t iova, unsigned need,
                  const vio_translation *found)
 {
-    uint64_t hva = found->hva & ~7ull, kind = take(in, 1), word = 0, operand[2] = {kind << 56 | 7}, before[2];
+    uint64_t hva = found->hva & ~7ull, kind = take(in, 1), word = 0, operand[2] = {kind << 56 | 7}, before[2] = {0};
     vio_engine *engine = m->engine;
 
     if (hva - (uintptr_t)ram >= RAM) { /* nothing there: a fault, and none but for that */

@@ -23,6 +23,15 @@ struct machine {
     uint64_t written;            /* pages that requests may have written */
 };
 
+/* The same bit for all pages of a unit that stage 2 can map. */
+static uint64_t whole_units(uint64_t pages, uint64_t unit)
+{
+    for (uint64_t page = 0; page < PAGES; page++)
+        if (page % unit)
+            pages = (pages & ~(1ull << page)) | (pages >> (page - page % unit) & 1) << page;
+    return pages;
+}
+
 static bool holds_page(uint64_t pages, uint64_t offset)
 {
     return offset < SIZE && pages >> (offset / PAGE) & 1;
@@ -168,12 +177,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     stage1 = (unsigned)take(&in, 1);
     host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
     choice = take(&in, 1);
-    m.base = choice & 8 ? 1ull << (18 + (choice >> 4) * 2) : 0;
+    m.base = choice & 8 ? 1ull << (17 + (choice >> 4) * 2) : 0;
     if (m.base + SIZE - 1 > host.config.last)
         m.base = 0;
     m.stage1 = take_tables(&in, guest_format(stage1, host.format), m.base + (choice & 3) * 16 * PAGE, 0);
-    m.mapped = ~take(&in, 8);
-    m.writable = m.mapped & ~take(&in, 8);
+    m.mapped = whole_units(~take(&in, 8), pages_of(&host));
+    m.writable = m.mapped & whole_units(~take(&in, 8), pages_of(&host));
     HOLDS(!vio_engine_create(choice & 4 ? 64 : 0, &m.engine));
     HOLDS(!vio_space_create_host(m.engine, HOST, host.format, &host.asked));
     map_pages(&m);

@@ -80,13 +80,14 @@ struct pt_format {
     int (*start)(const struct pt_config *config, uint64_t address, struct pt_start *out);
     /*
      * Decode `entry`, read at `level`: 0, or the reason why it leads nowhere. A leaf's base is aligned to its size, and
-     * next < level, whatever the entry holds. `trusted`: the core built it, so checks of well-formedness can go.
+     * next < level, whatever the entry holds. `trusted`: the core built it, so checks of well-formedness can go, and
+     * there is no `start`.
      */
     int (*decode)(const struct pt_config *config, const struct pt_start *start, uint64_t entry, unsigned level,
                   bool trusted, struct pt_entry *out);
     /*
      * What a leaf permits (PT_BOTH order), accessed and dirty bits aside. `tables`: AND over all table entries above
-     * it, bits in `denies` inverted; all ones without any. `trusted`: table entries of ours take nothing away.
+     * it, bits in `denies` inverted; all ones without any. `trusted`: ours, whose tables take nothing away; no `start`.
      */
     unsigned (*permissions)(const struct pt_config *config, const struct pt_start *start, uint64_t tables,
                             uint64_t leaf, bool trusted);

@@ -44,7 +44,7 @@ static int amd_gcr3_find(const vio_pasid_table *table, uint32_t pasid, struct pa
     *out = (struct pasid_entry){.format = "x86", .privileged = true};
     out->table.tree = (vio_tree){.root = at, .levels = table->table_levels};
     out->table.output_bits = table->output_bits;
-    out->table.flags = table->flags | (pasid ? 0 : VIO_TABLE_UNSIGNED);
+    out->table.flags = pasid ? 0 : VIO_TABLE_UNSIGNED;
     return 0;
 }
 

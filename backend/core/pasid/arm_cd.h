@@ -64,7 +64,7 @@ static int arm_cd_find(const vio_pasid_table *table, uint32_t pasid, struct pasi
 {
     static const uint8_t sizes[8] = {32, 36, 40, 42, 44, 48, 52, 0};
     uint64_t at = table->root, words[3];
-    uint32_t flags = table->flags, output_bits;
+    uint32_t flags = 0, output_bits;
     int reason;
 
     if (pasid >> table->pasid_bits)

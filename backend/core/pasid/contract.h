@@ -29,7 +29,7 @@ struct pasid_reader {
 /* What a PASID leads to. */
 struct pasid_entry {
     const char *format;  /* name of the stage-1 format; NULL: no stage 1, addresses are stage 2's */
-    vio_table table;     /* of that format, as its header says; checked by whoever uses it */
+    vio_table table;     /* as the entry tells it; its options are joined by those of vio_pasid_table, and checked */
     bool privileged;     /* requests with privilege are let in */
 };
 

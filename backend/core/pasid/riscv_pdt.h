@@ -71,7 +71,7 @@ static int riscv_pdt_find(const vio_pasid_table *table, uint32_t pasid, struct p
     out->format = "riscv";
     out->table.tree.root = RISCV_PDT_FSC_ADDRESS(fsc);
     out->table.tree.levels = (uint32_t)RISCV_PDT_MODE(fsc) - RISCV_PDT_SV39 + 3;
-    out->table.flags = table->flags | (ta & RISCV_PDT_SUM ? VIO_TABLE_SUM : 0);
+    out->table.flags = ta & RISCV_PDT_SUM ? VIO_TABLE_SUM : 0;
     return 0;
 }
 
