@@ -1,0 +1,177 @@
+"""Software endpoints: devices without a function of their own, which do the DMA that a client asks for."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from backend.core import Fault
+from backend.ioasid import Device, IoasidError
+
+from .contexts import Contexts
+from .parameters import Params
+from .session import Session
+from .wire import plain
+
+MAX_MOVE = 1 << 20
+"""Bytes that one dma_read or dma_write moves: a message holds no more."""
+
+MAX_BULK = 16 << 20
+"""Bytes that one dma_fill or dma_copy moves: a few milliseconds, in which nobody else is served."""
+
+WIDTHS = {"store": (1, 2, 4, 8), "load": (1, 2, 4, 8), "fetch_add": (4, 8), "swap": (4, 8), "compare_exchange": (4, 8)}
+"""Bytes that each may have; the last three are PCI Express AtomicOps."""
+
+Answer = dict[str, Any]
+
+
+class Endpoints:
+    """The methods `endpoint.*`. What a DMA met is in its answer: a fault is none of the request's own errors."""
+
+    def __init__(self, contexts: Contexts, rids: Collection[int]) -> None:
+        self._contexts = contexts
+        self._engine = contexts.engine
+        self._rids = frozenset(rids)
+
+    def methods(self) -> Mapping[str, Callable[[Session, Params], Any]]:
+        """By name."""
+        return {
+            "endpoint.list": self.list,
+            "endpoint.hold": self.hold,
+            "endpoint.release": self.release,
+            "endpoint.dma_read": self.dma_read,
+            "endpoint.dma_write": self.dma_write,
+            "endpoint.dma_fill": self.dma_fill,
+            "endpoint.dma_copy": self.dma_copy,
+            "endpoint.store": self.store,
+            "endpoint.load": self.load,
+            "endpoint.fetch_add": self.fetch_add,
+            "endpoint.swap": self.swap,
+            "endpoint.compare_exchange": self.compare_exchange,
+        }
+
+    def list(self, session: Session, params: Params) -> list[Answer]:
+        """Every software endpoint: its RID, name, context, cookie and how many connections hold it."""
+        params.end()
+        return [self._described(self._engine.devices[rid], session) for rid in sorted(self._rids)]
+
+    def hold(self, session: Session, params: Params) -> None:
+        """Keep what the endpoint is bound to alive when the connection that bound it goes; allows DMA with it."""
+        device = self._device(params)
+        params.end()
+        self._contexts.hold(session, device.rid)
+
+    def release(self, session: Session, params: Params) -> None:
+        """Give a hold up."""
+        device = self._device(params)
+        params.end()
+        self._contexts.release(session, device.rid)
+
+    def dma_read(self, session: Session, params: Params) -> Answer:
+        """`length` bytes at `iova`."""
+        device, iova, pasid = self._request(session, params)
+        length = params.number("length", MAX_MOVE + 1)
+        params.end()
+        return _read("data", device.port.read(iova, length, pasid))
+
+    def dma_write(self, session: Session, params: Params) -> Answer:
+        """`data` to `iova`."""
+        device, iova, pasid = self._request(session, params)
+        data = params.data("data", MAX_MOVE)
+        params.end()
+        return _done(device.port.write(iova, data, pasid))
+
+    def dma_fill(self, session: Session, params: Params) -> Answer:
+        """A `pattern` of `width` bytes over and over."""
+        device, iova, pasid = self._request(session, params)
+        length = params.number("length", MAX_BULK + 1)
+        width = params.one_of("width", (1, 2, 4, 8), 1)
+        pattern = params.number("pattern", 1 << 8 * width, 0)
+        params.end()
+        return _done(device.port.fill(iova, length, pattern, width, pasid))
+
+    def dma_copy(self, session: Session, params: Params) -> Answer:
+        """From `iova` to `target`, which may be an address under another PASID."""
+        device, iova, pasid = self._request(session, params)
+        target = params.number("target", 1 << 64)
+        length = params.number("length", MAX_BULK + 1)
+        target_pasid = params.optional("target_pasid", 1 << 20)
+        params.end()
+        return _done(device.port.copy(iova, target, length, pasid, target_pasid=target_pasid))
+
+    def store(self, session: Session, params: Params) -> Answer:
+        """One aligned store."""
+        device, iova, pasid = self._request(session, params)
+        width = params.one_of("width", WIDTHS["store"])
+        value = params.number("value", 1 << 8 * width)
+        params.end()
+        return _done(device.port.store(iova, value, width, pasid))
+
+    def load(self, session: Session, params: Params) -> Answer:
+        """One aligned load."""
+        device, iova, pasid = self._request(session, params)
+        width = params.one_of("width", WIDTHS["load"])
+        params.end()
+        return _read("value", device.port.load(iova, width, pasid))
+
+    def fetch_add(self, session: Session, params: Params) -> Answer:
+        """AtomicOp FetchAdd; answers with the value before."""
+        device, iova, pasid = self._request(session, params)
+        width = params.one_of("width", WIDTHS["fetch_add"])
+        value = params.number("value", 1 << 8 * width)
+        params.end()
+        return _read("value", device.port.fetch_add(iova, value, width, pasid))
+
+    def swap(self, session: Session, params: Params) -> Answer:
+        """AtomicOp Swap; answers with the value before."""
+        device, iova, pasid = self._request(session, params)
+        width = params.one_of("width", WIDTHS["swap"])
+        value = params.number("value", 1 << 8 * width)
+        params.end()
+        return _read("value", device.port.swap(iova, value, width, pasid))
+
+    def compare_exchange(self, session: Session, params: Params) -> Answer:
+        """AtomicOp CAS; answers with the value before."""
+        device, iova, pasid = self._request(session, params)
+        width = params.one_of("width", WIDTHS["compare_exchange"])
+        compare = params.number("compare", 1 << 8 * width)
+        value = params.number("value", 1 << 8 * width)
+        params.end()
+        return _read("value", device.port.compare_exchange(iova, compare, value, width, pasid))
+
+    def _device(self, params: Params) -> Device:
+        rid = params.number("rid", 1 << 16)
+        if rid not in self._rids:
+            there = ", ".join(f"{each:#06x}" for each in sorted(self._rids)[:8]) or "none: this is a VM's run"
+            raise IoasidError(
+                errno.ENODEV, f"{params.method}: no software endpoint has RID {rid:#06x} (there are {there})"
+            )
+        return self._engine.devices[rid]
+
+    def _request(self, session: Session, params: Params) -> tuple[Device, int, int | None]:
+        device = self._device(params)
+        if device.context is not None and device.context is not session.own and device.rid not in session.held:
+            raise IoasidError(
+                errno.EPERM, f"{params.method}: {device} is bound to another connection's context: endpoint.hold it first"
+            )
+        return device, params.number("iova", 1 << 64), params.optional("pasid", 1 << 20)
+
+    def _described(self, device: Device, session: Session) -> Answer:
+        context = device.context
+        return {
+            "rid": device.rid,
+            "name": device.name,
+            "context": None if context is None else self._contexts.number(context),
+            "own": context is not None and context is session.own,
+            "cookie": device.cookie,
+            "held": self._contexts.holders(device),
+        }
+
+
+def _done(fault: Fault | None) -> Answer:
+    return {"fault": plain(fault)}
+
+
+def _read(name: str, answer: bytes | int | Fault) -> Answer:
+    return {name: None, "fault": plain(answer)} if isinstance(answer, Fault) else {name: answer, "fault": None}
