@@ -9,11 +9,14 @@ from backend.core import Access
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """[iova, iova + size) stands for the host's memory at vaddr. Bytes; all three multiples of 4096."""
+    """[iova, iova + size) stands for the user's memory at vaddr. Bytes; all multiples of 4096."""
 
     iova: int
     size: int
     vaddr: int
+    """In the user's addresses; beneath a parent, in the parent's."""
+    where: int
+    """The same for the core: an address of this process; beneath a parent, vaddr."""
     access: Access
 
     @property

@@ -47,7 +47,7 @@ class MemoryCommands(Checks):
             raise command.refuse(error.errno or 0, error.sentence) from error
         with within_limits(command):
             space.body.map(iova, where, size, access)
-            mapping = Mapping(iova, size, vaddr, access)
+            mapping = Mapping(iova, size, vaddr, where, access)
             space.mappings.add(mapping)
             self._tell_followers(space, mapping)
 
