@@ -21,14 +21,14 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from types import CoroutineType
 from typing import Any, Protocol
 
 from .codec import Decoder, Encoder, as_utf8
 from .errors import Malformed, RpcError
 from .limits import Limits
-from .messages import Message, Notification, Request, Unusable, as_text, fields_of
+from .messages import Message, Notification, Request, Unusable, fields_of
 from .outbox import Outbox
 from .sockets import close_all, peer_of, receive
 
@@ -56,13 +56,6 @@ class Owner(Protocol):
     def methods(self) -> Mapping[str, Method]:
         """What clients may call, by name."""
 
-    @property
-    def topics(self) -> Collection[str]:
-        """The notifications that clients may subscribe to."""
-
-    def hello(self) -> Mapping[str, Any]:
-        """What the server is, and offers."""
-
     def lost(self, connection: Connection) -> None:
         """The connection is closed and its session was told."""
 
@@ -86,8 +79,6 @@ class Connection:
         self.peer = peer_of(sock)
         self.state = State.OPEN
         self.session: Session | None = None
-        self.topics: set[str] = set()
-        """Notifications that the client subscribed to."""
         self._owner = owner
         self._limits = owner.limits
         self._encoder = owner.encoder
@@ -102,11 +93,6 @@ class Connection:
         self._reading = False
         self._writing = False
         self._goodbye: asyncio.TimerHandle | None = None
-        self._own: Mapping[str, Method] = {
-            "hello": lambda _, fields: owner.hello(),
-            "subscribe": lambda _, fields: self._subscribe(fields),
-            "unsubscribe": lambda _, fields: self._unsubscribe(fields),
-        }
 
     def start(self, session: Session | None) -> None:
         """Serve requests from now on."""
@@ -115,18 +101,11 @@ class Connection:
 
     # For the owner of the server
 
-    def notify(self, topic: str, *params: Any) -> bool:
-        """Send a notification if the client has subscribed to the topic; whether it has. Never waits: a client that
-        does not read loses the oldest, and is told how many."""
-        if topic not in self.topics or self.state is not State.OPEN:
-            return False
-        self.deliver(self._encoder.notification(topic, *params))
-        return True
-
-    def deliver(self, notification: bytes) -> None:
-        """notify(), with the bytes made already."""
-        self._outbox.notify(notification)
-        self._flush_soon()
+    def notify(self, method: str, *params: Any) -> None:
+        """Send a notification. Never waits: a client that does not read loses the oldest, and is told how many."""
+        if self.state is State.OPEN:
+            self._outbox.notify(self._encoder.notification(method, *params))
+            self._flush_soon()
 
     def take_fds(self) -> list[int]:
         """The descriptors that came with the request being served, now the caller's to close. Those that no method
@@ -260,7 +239,7 @@ class Connection:
     def _serve(self, request: Request, descriptors: list[int] | None) -> bool:
         """Carry a request out; True if that goes on, and the descriptors are needed until it is done."""
         msgid = request.msgid
-        method = self._owner.methods.get(request.method) or self._own.get(request.method)
+        method = self._owner.methods.get(request.method)
         context: contextvars.Context | None = None
         try:
             if method is None:
@@ -331,27 +310,6 @@ class Connection:
             return self._encoder.error(msgid, error.errno, error.strerror or os.strerror(error.errno))
         self._owner.record(error)
         return self._encoder.error(msgid, errno.EIO, "the server failed, through no fault of yours: its log says how")
-
-    # The methods that every server has
-
-    def _subscribe(self, fields: dict[str, Any]) -> list[str]:
-        self.topics.update(self._topics_in(fields))
-        return sorted(self.topics)
-
-    def _unsubscribe(self, fields: dict[str, Any]) -> list[str]:
-        self.topics.difference_update(self._topics_in(fields))
-        return sorted(self.topics)
-
-    def _topics_in(self, fields: dict[str, Any]) -> Collection[str]:
-        """`topics`: names, all of them if it is missing."""
-        topics = fields.get("topics", list(self._owner.topics))
-        if set(fields) - {"topics"} or type(topics) is not list:
-            raise RpcError(errno.EINVAL, "the one field is 'topics', an array of names; without it all are meant")
-        named = [as_text(topic) for topic in topics]
-        for topic, name in zip(topics, named, strict=True):
-            if name is None or name not in self._owner.topics:
-                raise RpcError(errno.ENOENT, f"there is no topic {topic!r}: 'hello' lists those there are")
-        return [name for name in named if name is not None]
 
     # Writing
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .codec import Encoder
-from .connection import Connection, Method, Session, State
+from .connection import Connection, Method, Session
 from .errors import RpcError
 from .limits import DEFAULT, Limits
 from .sockets import allow_descriptors, listen, may_connect
@@ -22,8 +22,8 @@ from .sockets import allow_descriptors, listen, may_connect
 VERSION = 1
 """Of the protocol; raised when a client that knew the one before would be misled."""
 
-OWN_METHODS = ("hello", "subscribe", "unsubscribe")
 OWN_NOTIFICATIONS = ("closing", "lost")
+"""What any server may say without being asked."""
 
 ERRORS_KEPT = 16
 """Exceptions of methods kept and logged with their traceback; a client could cause the same one for ever."""
@@ -51,16 +51,13 @@ class Server:
         path: Path,
         *,
         on_connect: OnConnect | None = None,
-        topics: Iterable[str] = (),
+        notifications: Iterable[str] = (),
         limits: Limits = DEFAULT,
         log: logging.Logger | None = None,
     ) -> None:
-        """`topics`: the notifications that clients may subscribe to. on_connect may refuse a client by an OSError."""
-        self.topics = frozenset(topics)
-        for name in (*methods, *self.topics):
-            if name in OWN_METHODS or name in OWN_NOTIFICATIONS:
-                raise ValueError(f"{name!r} belongs to the protocol")
-        self.methods = dict(methods)
+        """`notifications`: names that `hello` lists. on_connect may refuse a client by an OSError."""
+        self.notifications = sorted((*OWN_NOTIFICATIONS, *notifications))
+        self.methods: Mapping[str, Method] = {"hello": self._hello, **methods}
         self.path = Path(path)
         self.limits = limits
         self.encoder = Encoder(limits)
@@ -101,27 +98,7 @@ class Server:
             self._all_gone.clear()
             await self._all_gone.wait()
 
-    def publish(self, topic: str, *params: Any) -> int:
-        """Send a notification to all who have subscribed to its topic; how many these are. Never waits."""
-        if topic not in self.topics:
-            raise ValueError(f"{topic!r} is no topic of this server")
-        subscribed = [c for c in self.connections if topic in c.topics and c.state is State.OPEN]
-        if subscribed:
-            packed = self.encoder.notification(topic, *params)
-            for connection in subscribed:
-                connection.deliver(packed)
-        return len(subscribed)
-
     # Called by connections
-
-    def hello(self) -> Mapping[str, Any]:
-        """The answer to `hello`."""
-        return {
-            "version": VERSION,
-            "methods": sorted((*self.methods, *OWN_METHODS)),
-            "topics": sorted(self.topics),
-            "limits": asdict(self.limits),
-        }
 
     def lost(self, connection: Connection) -> None:
         """Nothing of a connection is left."""
@@ -137,6 +114,15 @@ class Server:
             self.log.error("a method failed: %s", error, exc_info=error)
         if self._error_count == ERRORS_KEPT:
             self.log.error("methods keep failing; no more of it is logged")
+
+    def _hello(self, session: Session, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the server is, and offers; a client may say anything about itself."""
+        return {
+            "version": VERSION,
+            "methods": sorted(self.methods),
+            "notifications": self.notifications,
+            "limits": asdict(self.limits),
+        }
 
     # Accepting
 
