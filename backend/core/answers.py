@@ -55,6 +55,10 @@ class Reason(IntEnum):
     ENTRY_CHANGED = lib.VIO_REASON_ENTRY_CHANGED, "The entry changed at every attempt to set its accessed or dirty bit."
     ACCESS_FLAG = lib.VIO_REASON_ACCESS_FLAG, "The accessed bit is clear, and hardware is not to set it."
     DIRTY = lib.VIO_REASON_DIRTY, "The dirty bit is clear at a write, and hardware is not to set it."
+    UNSUPPORTED = (
+        lib.VIO_REASON_UNSUPPORTED,
+        "The memory cannot serve such a request: an AtomicOp on memory of another process.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

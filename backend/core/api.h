@@ -39,6 +39,7 @@ enum vio_reason {
     VIO_REASON_ENTRY_CHANGED,  /* an entry changed at every attempt to set its accessed or dirty bit */
     VIO_REASON_ACCESS_FLAG,    /* accessed bit clear, and hardware is not to set it */
     VIO_REASON_DIRTY,          /* dirty bit clear at a write, and hardware is not to set it */
+    VIO_REASON_UNSUPPORTED,    /* memory that cannot serve such a request: an AtomicOp on another process's */
 };
 
 /* Status of every call: 0 done, 1 answered by a fault (vio_last_fault), negative: misuse by the caller. */
@@ -214,6 +215,9 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_ta
 int vio_space_unbind(vio_engine *engine, uint32_t ioasid);
 int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last);
 int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counters *out);
+
+/* process_space.c: a process's address space; pagemap: an open /proc/PID/pagemap of its, which is duplicated. */
+int vio_space_create_process(vio_engine *engine, uint32_t ioasid, uint32_t pid, int pagemap);
 
 /* pasid.c */
 int vio_pasid_format_find(const char *name);

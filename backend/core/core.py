@@ -62,6 +62,23 @@ class Core(Requests):
         table = ffi.new("vio_table *", {"tree": {"levels": _small(levels)}})
         _check(lib.vio_space_create_host(self._engine, _id(ioasid), _format(fmt), table), ioasid)
 
+    def create_process_space(self, ioasid: int, pid: int, pagemap: int) -> None:
+        """Create a space that stands for a process's address space: an IOVA is an address of that process.
+
+        Nothing is pinned: pages are faulted in as the process itself would. What it may not touch itself is answered
+        by a fault: NOT_PRESENT, or PERMISSION at writes to what may be read; and everything by MEMORY_GONE once that
+        address space is gone (exit, exec). AtomicOps work on this process's own memory alone, else they are
+        UNSUPPORTED. `Translation.hva` is an address in that process; whether a page is there is known once it is
+        touched.
+
+        Args:
+            pid: of the process; its permission to be touched (ptrace(2)) is checked at each request.
+            pagemap: file descriptor of its /proc/PID/pagemap, by which its end is seen; duplicated.
+
+        Raises: ExistsError, BadValueError (descriptor), LimitError (descriptors of this process).
+        """
+        _check(lib.vio_space_create_process(self._engine, _id(ioasid), _small(pid), _small(pagemap)), ioasid)
+
     def create_nested_space(self, ioasid: int, parent: int) -> None:
         """Create a guest-managed space over the host-managed space `parent`; its requests fault until bind_table.
 

@@ -312,13 +312,21 @@ static int run_lookup(struct guard *guard, void *context)
     const struct space *space;
     int reason = 0;
 
-    (void)guard;
     if (request->space->pasids) {
         reason = lookup_pasid(lookup, request->space);
         if (reason)
             return reason;
     }
     space = request->space;
+    if (space->process) {
+        reason = space->walk(space, guard, &request->walk);
+        if (!reason)
+            reason = process_look(request);
+        if (!reason)
+            lookup->path->translation = (vio_translation){request->iova, request->hit.size, request->iova,
+                                                          request_permitted(request, request->hit.perm)};
+        return reason;
+    }
     if (space->parent) {
         reason = lookup_stage1(lookup, space, &one);
         if (reason)

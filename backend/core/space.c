@@ -8,7 +8,7 @@
 #define HVA_END (1ull << HVA_BITS)
 #define PAGE_BITS 4095ull
 
-static int space_add(struct vio_engine *engine, uint32_t ioasid, struct space **out)
+int space_add(struct vio_engine *engine, uint32_t ioasid, struct space **out)
 {
     struct space *space;
 
@@ -87,7 +87,7 @@ int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent
     engine_change_begin(engine);
     parent = space_find(engine, parent_ioasid);
     if (parent)
-        status = parent->parent ? VIO_ERR_KIND : space_add(engine, ioasid, &space);
+        status = !space_has_table(parent) ? VIO_ERR_KIND : space_add(engine, ioasid, &space);
     if (!status) {
         space->parent = parent;
         parent->children++;
@@ -110,6 +110,8 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
             if (space->parent) {
                 space->parent->children--;
                 pasid_table_free(engine, space->pasids);
+            } else if (space->process) {
+                process_free(space->process);
             } else {
                 host_table_destroy(&engine->pool, space->format, &space->table);
                 dirty_free(space->dirty, &engine->pool);
@@ -134,9 +136,9 @@ int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t h
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
-        status = space->parent ? VIO_ERR_KIND
-                               : host_table_map(&engine->pool, space->format, &space->table, iova, hva,
-                                                size, access);
+        status = !space_has_table(space)
+                     ? VIO_ERR_KIND
+                     : host_table_map(&engine->pool, space->format, &space->table, iova, hva, size, access);
     if (!status && space->dirty) {
         status = dirty_cover(space->dirty, &engine->pool, iova, iova + (size - 1));
         if (status) { /* what was not covered before was not mapped either: nobody used it yet */
@@ -164,7 +166,7 @@ int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
-        status = space->parent
+        status = !space_has_table(space)
                      ? VIO_ERR_KIND
                      : host_table_unmap(&engine->pool, space->format, &space->table, iova, size);
     if (!status) {
@@ -187,9 +189,9 @@ int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
-        status = space->parent ? VIO_ERR_KIND
-                               : host_table_protect(&engine->pool, space->format, &space->table, iova,
-                                                    size, access);
+        status = !space_has_table(space)
+                     ? VIO_ERR_KIND
+                     : host_table_protect(&engine->pool, space->format, &space->table, iova, size, access);
     if (!status)
         forget_range(engine, space, iova, iova + (size - 1));
     engine_change_end(engine);
