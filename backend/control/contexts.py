@@ -22,6 +22,7 @@ class Contexts:
         self.engine = engine
         self._numbers: WeakKeyDictionary[Context, int] = WeakKeyDictionary()
         self._names: WeakKeyDictionary[Context, str] = WeakKeyDictionary()
+        self._sessions: dict[Context, Session] = {}
         self._last = 0
         self._holders: dict[int, set[Session]] = {}
         self._left: dict[Context, ClientMemory] = {}
@@ -37,7 +38,12 @@ class Contexts:
         context = self.engine.open(session.memory)
         self.name(context, f"client of pid {session.pid}")
         self.number(context)
+        self._sessions[context] = session
         return context
+
+    def session(self, context: Context) -> Session | None:
+        """Whose context it is, while the connection lasts."""
+        return self._sessions.get(context)
 
     def number(self, context: Context) -> int:
         """The context's number, from 1."""
@@ -91,6 +97,7 @@ class Contexts:
         if context is None:
             session.memory.shared.close()
         else:
+            del self._sessions[context]
             self._left[context] = session.memory
             self.name(context, f"{self.called(context)} (gone)")
             self._end_unneeded()

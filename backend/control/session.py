@@ -1,37 +1,19 @@
-"""One connection: its context, the memory its client shares, the devices it holds, the events it wants."""
+"""One connection: its context, the memory its client shares, the devices it holds."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from backend.core import Access
 from backend.ioasid import Context, IoasidError
+from protocol import Connection
 
 from .shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from .contexts import Contexts
-
-
-class Peer(Protocol):
-    """Who is at the other end."""
-
-    @property
-    def pid(self) -> int: ...
-
-
-class Connection(Protocol):
-    """What a session needs of the connection that it belongs to (protocol.server)."""
-
-    @property
-    def peer(self) -> Peer: ...
-
-    def notify(self, method: str, *params: Any) -> None: ...
-
-    def take_fds(self) -> list[int]: ...
 
 
 class ClientMemory:
@@ -45,7 +27,8 @@ class ClientMemory:
         share = self.shared.find(vaddr, size)
         if share is None:
             raise IoasidError(
-                errno.EFAULT, f"vaddr [{vaddr:#x}, {vaddr + size:#x}) lies in no memory you shared: memory.share it first"
+                errno.EFAULT,
+                f"vaddr [{vaddr:#x}, {vaddr + size:#x}) lies in no memory you shared: memory.share it first",
             )
         if access & Access.WRITE and not share.writable:
             raise IoasidError(errno.EPERM, f"vaddr {vaddr:#x} was shared read-only: map it for reading alone")
@@ -66,9 +49,6 @@ class Session:
         self.memory = ClientMemory()
         self.held: set[int] = set()
         """RIDs of endpoints that this connection holds as an open device file would."""
-        self.events: frozenset[str] = frozenset()
-        self.everybodys = False
-        """Whether events of all contexts are wanted, and not only of its own."""
         self._context: Context | None = None
 
     @property
@@ -85,7 +65,7 @@ class Session:
 
     def take_fd(self, what: str) -> int:
         """The one file descriptor sent with the request under way; the caller closes it. EINVAL: none, or several."""
-        fds: Sequence[int] = self.connection.take_fds()
+        fds = self.connection.take_fds()
         if len(fds) != 1:
             for fd in fds:
                 os.close(fd)
@@ -96,5 +76,4 @@ class Session:
 
     def closed(self) -> None:
         """The connection is gone."""
-        self.events = frozenset()
         self._contexts.left(self)
