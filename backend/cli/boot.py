@@ -12,6 +12,7 @@ from pathlib import Path
 
 from backend.cli.options import add_machine_options, chosen_machine, namespaces
 from backend.cli.supervisor import EXIT_CHECK_FAILED, EXIT_OK, guarded, supervise
+from backend.control.control import NAME as CONTROL
 from backend.vm.backend import Backend
 from backend.vm.boot import Boot, rounds
 from backend.vm.lost import VmLost
@@ -65,9 +66,10 @@ def _boot(machine: Machine, args: argparse.Namespace, folder: RunFolder) -> int:
         parts = Parts.gather(machine, kernel=args.kernel, initrd=args.initrd, accel=args.accel)
         sockets = {function.name: folder.socket(function.name) for function in machine.functions}
         folder.socket("monitor")  # said now if it is too long, not in the middle
+        control = folder.socket(CONTROL)
 
         async def boot() -> Report:
-            backend = Backend(machine, sockets, disks, parts.libvfio_user)
+            backend = Backend(machine, sockets, disks, parts.libvfio_user, control=control)
             return await _run(backend, Boot(backend, parts, folder, progress), full=args.full)
 
         report = asyncio.run(boot())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
 from backend.ioasid import Context, Device, Engine, IoasidError
@@ -26,6 +26,8 @@ class Contexts:
         self._last = 0
         self._holders: dict[int, set[Session]] = {}
         self._left: dict[Context, ClientMemory] = {}
+        self.on_left: Callable[[Session], None] | None = None
+        """Called when a connection has gone."""
         for context in engine.contexts:
             self.name(context, "vm")
 
@@ -91,6 +93,8 @@ class Contexts:
 
     def left(self, session: Session) -> None:
         """A connection has gone: so has what it owned and nobody needs."""
+        if self.on_left is not None:
+            self.on_left(session)
         for rid in list(session.held):
             self.release(session, rid)
         context = session.own

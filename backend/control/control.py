@@ -52,7 +52,8 @@ class Control:
         self.contexts = Contexts(engine)
         for context, name in (names or {}).items():
             self.contexts.name(context, name)
-        self._events = Events(self.contexts, lambda: self._server)
+        self._events = Events(self.contexts)
+        self.contexts.on_left = self._events.forget
         looks: dict[str, Look] = {
             **Status(self.contexts, facts).methods(),
             **self._events.methods(),
@@ -62,7 +63,7 @@ class Control:
         }
         methods: dict[str, Method] = {name: partial(_look, name, look) for name, look in looks.items()}
         methods.update({name: partial(_command, bound) for name, bound in bind_all().items()})
-        self._server = Server(methods, path, on_connect=partial(Session, self.contexts), topics=TOPICS)
+        self._server = Server(methods, path, on_connect=partial(Session, self.contexts), notifications=TOPICS)
 
     @property
     def path(self) -> Path:
@@ -82,7 +83,6 @@ class Control:
         """End every connection, and what its client owned."""
         await self._server.close()
         self.contexts.close()
-        self._events.close()
 
 
 def share(session: Session, params: Params) -> dict[str, Any]:

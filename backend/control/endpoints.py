@@ -153,7 +153,8 @@ class Endpoints:
         device = self._device(params)
         if device.context is not None and device.context is not session.own and device.rid not in session.held:
             raise IoasidError(
-                errno.EPERM, f"{params.method}: {device} is bound to another connection's context: endpoint.hold it first"
+                errno.EPERM,
+                f"{params.method}: {device} is bound to another connection's context: endpoint.hold it first",
             )
         return device, params.number("iova", 1 << 64), params.optional("pasid", 1 << 20)
 

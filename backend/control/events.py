@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from backend.core import Fault
 from backend.ioasid import Change, Context, What
@@ -26,27 +26,44 @@ MAX_ANSWER = 256
 """Faults in one answer: some 100 KiB, well below the size of a message."""
 
 
-class Publisher(Protocol):
-    """The server, which knows who subscribed to what."""
-
-    def publish(self, topic: str, *params: Any) -> int: ...
-
-
 class Events:
-    """The notifications, and the method `vm.faults`."""
+    """The methods `subscribe` and `unsubscribe`, the notifications, and the method `vm.faults`."""
 
-    def __init__(self, contexts: Contexts, publisher: Callable[[], Publisher | None]) -> None:
+    def __init__(self, contexts: Contexts) -> None:
         self._contexts = contexts
-        self._publisher = publisher
         self._faults: deque[dict[str, Any]] = deque(maxlen=FAULTS_KEPT)
         self._told = 0
+        self._subscribers: dict[str, set[Session]] = {topic: set() for topic in TOPICS}
+        self._unwatch: Callable[[], None] | None = None
         contexts.engine.on_fault(self._faulted)
-        self.close = contexts.engine.on_change(self._changed)
-        """No change is told from then on."""
 
     def methods(self) -> Mapping[str, Callable[[Session, Params], Any]]:
         """By name."""
-        return {"vm.faults": self.faults}
+        return {"subscribe": self.subscribe, "unsubscribe": self.unsubscribe, "vm.faults": self.faults}
+
+    def subscribe(self, session: Session, params: Params) -> list[str]:
+        """Notify this connection of `topics` too (all that begin with "ioasid.", if none are named); answers with all
+        that it has."""
+        topics = params.words("topics", TOPICS, default=TOPICS[: len(EVENTS)])
+        params.end()
+        for topic in topics:
+            self._subscribers[topic].add(session)
+        self._watch()
+        return sorted(topic for topic, sessions in self._subscribers.items() if session in sessions)
+
+    def unsubscribe(self, session: Session, params: Params) -> None:
+        """Notify it no more of `topics` (of any, if none are named)."""
+        topics = params.words("topics", TOPICS, default=TOPICS)
+        params.end()
+        for topic in topics:
+            self._subscribers[topic].discard(session)
+        self._watch()
+
+    def forget(self, session: Session) -> None:
+        """The connection is gone."""
+        for sessions in self._subscribers.values():
+            sessions.discard(session)
+        self._watch()
 
     def faults(self, session: Session, params: Params) -> dict[str, Any]:
         """Faults of all devices that are kept, oldest first, those after the one numbered `after`."""
@@ -58,6 +75,15 @@ class Events:
         begin = min(max(after - oldest, 0), len(self._faults))
         found = [self._faults[index] for index in range(begin, min(begin + limit, len(self._faults)))]
         return {"faults": found, "lost": max(oldest - after, 0), "more": begin + len(found) < len(self._faults)}
+
+    def _watch(self) -> None:
+        """Have changes described while somebody wants them: a guest's invalidations need not pay for nobody."""
+        wanted = any(sessions for topic, sessions in self._subscribers.items() if not topic.endswith(".fault"))
+        if wanted and self._unwatch is None:
+            self._unwatch = self._contexts.engine.on_change(self._changed)
+        elif not wanted and self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
 
     def _faulted(self, fault: Fault) -> None:
         self._told += 1
@@ -81,9 +107,8 @@ class Events:
         self._tell(change.what, change.context, record)
 
     def _tell(self, event: str, context: Context | None, record: dict[str, Any]) -> None:
-        publisher = self._publisher()
-        if publisher is not None:
-            publisher.publish(f"vm.{event}", record)
-        session = self._contexts.session(context) if context is not None else None
-        if session is not None:
-            session.connection.notify(f"ioasid.{event}", record)
+        for session in self._subscribers[f"vm.{event}"]:
+            session.connection.notify(f"vm.{event}", record)
+        own = self._contexts.session(context) if context is not None else None
+        if own in self._subscribers[f"ioasid.{event}"]:
+            own.connection.notify(f"ioasid.{event}", record)

@@ -62,11 +62,9 @@ class Params:
             raise self.refuse(f"{name} must be one of {', '.join(words)}, and is {_shown(value)}")
         return value
 
-    def words(self, name: str, words: Sequence[str]) -> frozenset[str]:
-        """A list of some words, or one; all of them if it is left out."""
-        value = self._given.pop(name, None)
-        if value is None:
-            return frozenset(words)
+    def words(self, name: str, words: Sequence[str], default: Sequence[str]) -> frozenset[str]:
+        """A list of some words, or one of them."""
+        value = self._given.pop(name, default)
         given = [text(each) for each in (value if isinstance(value, list | tuple) else [value])]
         for each in given:
             if each not in words:

@@ -72,9 +72,7 @@ def runtime_folder() -> Path:
     except OSError as error:
         raise CannotRun(f"{folder}: {error.strerror}; set XDG_RUNTIME_DIR to a folder that can be written") from error
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
-        raise CannotRun(
-            f"{folder} is not a folder of this user alone (mode 0700); remove it, or set XDG_RUNTIME_DIR"
-        )
+        raise CannotRun(f"{folder} is not a folder of this user alone (mode 0700); remove it, or set XDG_RUNTIME_DIR")
     return folder
 
 
