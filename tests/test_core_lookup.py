@@ -12,7 +12,21 @@ import pytest
 from amd_v1_reference import index, leaf, pointer
 from core_guest import CHILD, DIRECT, PAGE, RID, STAGE2, Guest, Ram
 
-from backend.core import RW, Access, BadValueError, Core, Fault, Path, Reason, Step, Translation
+from backend.core import (
+    ANY_PASID,
+    RW,
+    Access,
+    AmdGcr3,
+    BadValueError,
+    Core,
+    Fault,
+    Path,
+    PlainMemory,
+    Reason,
+    Step,
+    TableBuilder,
+    Translation,
+)
 
 READ, WRITE = Access.READ, Access.WRITE
 ROOT, MIDDLE, TABLE = PAGE, 2 * PAGE, 3 * PAGE
@@ -220,3 +234,126 @@ def test_it_ends_as_a_request_would(seed: int, updating: bool) -> None:
         results.add(path.result.reason.name if isinstance(path.result, Fault) else "found")
     assert results >= {"found", "NOT_PRESENT", "RESERVED_BITS", "BAD_LEVEL", "PERMISSION", "ADDRESS_WIDTH"}
     guest.close()
+
+
+FORMATS = {
+    "amd-v1": 3, "x86": 4, "vtd-second-stage": 4, "ept": 4, "arm-s1": 4, "arm-s2": 4, "riscv": 4, "riscv-x4": 3,
+}  # fmt: skip
+"""Format of the guest's table -> levels."""
+ALWAYS_UPDATING = {"x86"}
+
+
+@pytest.mark.parametrize("updating", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format(fmt: str, updating: bool) -> None:
+    """A table as a guest builds it, then any bit of the entries on the path flipped: each ends as a request does."""
+    chance, levels, size = random.Random(fmt), FORMATS[fmt], 32 * PAGE
+    options = {} if fmt in ALWAYS_UPDATING else {"accessed": updating, "dirty": updating}
+    seen = set[str]()
+    with PlainMemory(size) as memory:
+        core = Core(iotlb_entries=0)
+        stage2 = chance.choice(("amd-v1", "ept", "x86"))
+        core.create_host_space(STAGE2, fmt=stage2)
+        core.map(STAGE2, 0, memory.hva, size, RW)
+        core.create_nested_space(CHILD, STAGE2)
+        core.attach(RID, None, CHILD)
+        builder = TableBuilder(fmt, memory, levels=levels, first=16 * PAGE, **options)
+        iova = chance.randrange(1 << 38) // PAGE * PAGE
+        builder.map(iova, 5 * PAGE, PAGE, RW)
+        core.bind_table(CHILD, **builder.binding)
+        path = core.lookup(RID, iova)
+        own = [step for step in path.steps if step.stage == 1]
+        assert (path.stage1, path.stage2, len(own)) == (fmt, stage2, levels)
+        for step, bit in ((step, bit) for step in own for bit in range(64)):
+            assert step.entry is not None
+            memory[step.address : step.address + 8] = (step.entry ^ 1 << bit).to_bytes(8, "little")
+            for access in chance.sample((READ, WRITE, Access.EXECUTE, WRITE | Access.PRIVILEGED), 2):
+                before = bytes(memory[0:size])
+                ended = core.lookup(RID, iova, access=access)
+                assert memory[0:size] == before
+                check_path(ended)
+                assert ended.result == core.translate(RID, iova, access), f"bit {bit} of level {step.level}"
+                seen.add(ended.result.reason.name if isinstance(ended.result, Fault) else "found")
+                memory[0:size] = before
+            memory[step.address : step.address + 8] = step.entry.to_bytes(8, "little")
+        core.close()
+    assert seen >= {"found", "NOT_PRESENT"}
+
+
+DBM = 1 << 51 | 1 << 10  # and AF
+# Bits of a leaf (set, cleared) and what it then tells of accessed and dirty.
+STATES: dict[str, list[tuple[int, int, bool, bool | None]]] = {
+    "amd-v1": [(0, 0, False, False), (1 << 5, 0, True, False), (3 << 5, 0, True, True)],
+    "x86": [(0, 0, False, False), (1 << 5, 0, True, False), (3 << 5, 0, True, True)],
+    "vtd-second-stage": [(0, 0, False, False), (1 << 8, 0, True, False), (3 << 8, 0, True, True)],
+    "ept": [(0, 0, False, False), (1 << 8, 0, True, False), (3 << 8, 0, True, True)],
+    # AF; DBM with AP[2] set: clean, clear: dirty; without DBM there is no dirty state
+    "arm-s1": [(0, DBM | 1 << 10, False, None), (DBM | 1 << 7, 0, True, False), (DBM, 1 << 7, True, True)],
+    # ... and S2AP[1] the other way round
+    "arm-s2": [(0, DBM | 1 << 10, False, None), (DBM, 1 << 7, True, False), (DBM | 1 << 7, 0, True, True)],
+    "riscv": [(0, 3 << 6, False, False), (1 << 6, 1 << 7, True, False), (3 << 6, 0, True, True)],
+    "riscv-x4": [(0, 3 << 6, False, False), (1 << 6, 1 << 7, True, False), (3 << 6, 0, True, True)],
+}
+
+
+@pytest.mark.parametrize("updating", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_accessed_and_dirty_of_every_format(fmt: str, updating: bool) -> None:
+    """Whether walks update them or not. Tables have an accessed bit in some formats, no entry but a leaf is dirty."""
+    in_tables = fmt in {"amd-v1", "x86", "vtd-second-stage", "ept"}
+    with PlainMemory(32 * PAGE) as memory:
+        core = Core()
+        core.create_host_space(STAGE2)
+        core.map(STAGE2, 0, memory.hva, 32 * PAGE, RW)
+        core.create_nested_space(CHILD, STAGE2)
+        core.attach(RID, None, CHILD)
+        options = {} if fmt in ALWAYS_UPDATING else {"accessed": updating, "dirty": updating}
+        builder = TableBuilder(fmt, memory, levels=FORMATS[fmt], first=16 * PAGE, **options)
+        builder.map(0x7000, 5 * PAGE, PAGE, RW)
+        core.bind_table(CHILD, **builder.binding)
+        for bits, cleared, accessed, dirty in STATES[fmt]:
+            own = [step for step in core.lookup(RID, 0x7000).steps if step.stage == 1]
+            at, entry = own[-1].address, own[-1].entry
+            assert entry is not None
+            memory[at : at + 8] = (entry & ~cleared | bits).to_bytes(8, "little")
+            own = [step for step in core.lookup(RID, 0x7000).steps if step.stage == 1]
+            for step in own[:-1]:
+                assert (step.accessed, step.dirty) == (False if in_tables else None, None)
+            assert (own[-1].accessed, own[-1].dirty, own[-1].output) == (accessed, dirty, 5 * PAGE)
+        core.close()
+
+
+def test_through_a_pasid_table() -> None:
+    """GCR3 of two levels (AMD 48882, 2.2.6.2): root entry, then the one of the PASID, then its x86 table."""
+    with PlainMemory(64 * PAGE) as memory:
+        core = Core()
+        core.create_host_space(STAGE2)
+        core.map(STAGE2, 0, memory.hva, 64 * PAGE, RW)
+        core.create_nested_space(CHILD, STAGE2)
+        core.attach(RID, ANY_PASID, CHILD)
+        builder = TableBuilder("x86", memory, first=32 * PAGE)
+        builder.map(0x7000, 5 * PAGE, PAGE, RW)
+        root, inner, pasid = 3 * PAGE, 4 * PAGE, 0x203
+        memory[root + 8 : root + 16] = (inner | 1).to_bytes(8, "little")
+        memory[inner + 24 : inner + 32] = (builder.root | 1).to_bytes(8, "little")
+        core.bind_pasid_table(CHILD, fmt=AmdGcr3(levels=2), root=root)
+        before = bytes(memory[0 : 64 * PAGE]), core.counters()
+        path = core.lookup(RID, 0x7008, pasid=pasid)
+        assert (bytes(memory[0 : 64 * PAGE]), core.counters()) == before
+        assert (path.ioasid, path.parent, path.stage1) == (CHILD, STAGE2, "x86")
+        assert isinstance(path.result, Translation) and path.result.gpa == 5 * PAGE + 8
+        own = [(step.pasid_table, step.level, step.address, step.input) for step in path.steps if step.stage == 1]
+        assert own[:2] == [(True, 2, root + 8, pasid), (True, 1, inner + 24, pasid)]
+        assert [(table, level, iova) for table, level, _, iova in own[2:]] == [(False, n, 0x7008) for n in (4, 3, 2, 1)]
+        leading = [(step.pasid_table, step.table_of) for step in path.steps if step.stage == 2 and step.level == 1]
+        assert leading == [(True, 2), (True, 1), (False, 4), (False, 3), (False, 2), (False, 1), (False, None)]
+        assert path.result == core.translate(RID, 0x7008, READ, pasid=pasid)
+        memory[inner + 24 : inner + 32] = bytes(8)
+        assert isinstance(core.translate(RID, 0x7008, READ, pasid=pasid), Translation), "it is kept until invalidated"
+        gone = core.lookup(RID, 0x7008, pasid=pasid)
+        assert isinstance(gone.result, Fault) and gone.steps[-1].reason == gone.result.reason == Reason.NOT_PRESENT
+        assert gone.result.pasid_table and gone.result.gpa == inner + 24
+        core.invalidate(CHILD, pasid=pasid)
+        assert core.translate(RID, 0x7008, READ, pasid=pasid) == gone.result
+        assert isinstance(core.lookup(RID, 0x7008).result, Fault)
+        core.close()

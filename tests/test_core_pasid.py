@@ -238,7 +238,7 @@ def expected(kind: Kind, memory: Memory, pasid: int, iova: int, access: Access) 
     return gpa
 
 
-def check(guest: Guest, kind: Kind, pasid: int, iova: int, access: Access) -> None:
+def check(guest: Guest, kind: Kind, pasid: int, iova: int, access: Access) -> Translation | Fault:
     answer = guest.core.translate(RID, iova, access, pasid=pasid)
     want = expected(kind, guest.memory, pasid, iova, access)
     told = f"{kind.name} PASID {pasid} IOVA {iova:#x} {access!r}"
@@ -249,6 +249,7 @@ def check(guest: Guest, kind: Kind, pasid: int, iova: int, access: Access) -> No
         assert isinstance(answer, Fault), f"{told}: {answer}, not {want}"
         assert {name: getattr(answer, name) for name in want} == want, told
         assert (answer.rid, answer.pasid, answer.ioasid, answer.iova) == (RID, pasid, DEVICE_SPACE, iova)
+    return answer
 
 
 def some_access(chance: random.Random) -> Access:
@@ -292,8 +293,9 @@ def test_hostile_contents(guest: Guest, name: str) -> None:
         core.invalidate(DEVICE_SPACE)
         for _ in range(3):
             iova = IOVA if chance.random() < 0.9 else chance.choice((IOVA ^ 1 << chance.randrange(12, 64), 0x3000))
-            access = some_access(chance)
-            check(guest, kind, some_pasid(chance), iova, access)
+            pasid, access = some_pasid(chance), some_access(chance)
+            looked_up = core.lookup(RID, iova, pasid=pasid, access=access)
+            assert check(guest, kind, pasid, iova, access) == looked_up.result
             guest.load(memory)  # without the accessed and dirty bits that were set
         guest.load(kind.memory)
 

@@ -31,6 +31,19 @@ from backend.core.memory import PlainMemory
 from backend.core.native import ANY_PASID
 from backend.core.pasid_format import AmdGcr3, ArmCd, PasidFormat, RiscVPdt, VtdPasid
 from backend.core.path import Path, Step
+from backend.core.table_format import (
+    X86,
+    AmdV1,
+    ArmStage1,
+    ArmStage2,
+    ArmTree,
+    Ept,
+    ExecuteDisable,
+    RiscV,
+    RiscVSecondStage,
+    TableFormat,
+    VtdSecondStage,
+)
 from backend.core.tables import TableBuilder
 
 Prot = Access
@@ -38,9 +51,14 @@ Prot = Access
 __all__ = [
     "ANY_PASID",
     "RW",
+    "X86",
     "Access",
     "AmdGcr3",
+    "AmdV1",
     "ArmCd",
+    "ArmStage1",
+    "ArmStage2",
+    "ArmTree",
     "BadValueError",
     "BufferGoneError",
     "BusyError",
@@ -48,6 +66,8 @@ __all__ = [
     "Core",
     "CoreError",
     "Counters",
+    "Ept",
+    "ExecuteDisable",
     "ExistsError",
     "Fault",
     "KindError",
@@ -60,14 +80,18 @@ __all__ = [
     "PlainMemory",
     "Prot",
     "Reason",
+    "RiscV",
     "RiscVPdt",
+    "RiscVSecondStage",
     "RouteCounters",
     "SpaceCounters",
     "Step",
     "TableBuilder",
+    "TableFormat",
     "Translation",
     "Translations",
     "UnknownIdError",
     "UntrackedError",
     "VtdPasid",
+    "VtdSecondStage",
 ]

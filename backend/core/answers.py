@@ -103,14 +103,24 @@ class Translation:
 
 @dataclass(frozen=True, slots=True)
 class Translations:
-    """What `Core.translate_many` found: four arrays as long as the IOVAs asked for, each a buffer (numpy.asarray)."""
+    """What `Core.translate_many` found: arrays as long as the IOVAs asked for, each a buffer (numpy.asarray).
+
+    What is named as in Translation is 0 where the reason is not 0; what is named as in Fault is 0 where it is.
+    """
 
     hva: memoryview
-    """64 bits each; 0 where the reason is not 0. So are gpa and size, which mean what they mean in a Translation."""
+    """64 bits each; so are gpa, size, fault_gpa and entry. All others have 8."""
     gpa: memoryview
     size: memoryview
+    access: memoryview
     reason: memoryview
-    """8 bits each: 0, or the Reason of the fault."""
+    """0, or the Reason of the fault."""
+    stage: memoryview
+    level: memoryview
+    fault_gpa: memoryview
+    """`Fault.gpa`, 0 also where that is None."""
+    entry: memoryview
+    table: memoryview
 
     def __len__(self) -> int:
         return len(self.reason)

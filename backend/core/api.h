@@ -253,9 +253,19 @@ int vio_load(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, ui
 int vio_atomic(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, int operation, uint32_t width,
                const uint64_t *operand, const uint64_t *compare, uint64_t *before);
 
-/* batch.c: one answer an IOVA; reasons[i] is 0 and the rest holds, or the reason of its fault and the rest is 0. */
+/*
+ * batch.c: one answer an IOVA, in columns as long as there are IOVAs. reasons[i] is 0 and what a translation has holds,
+ * or it is the reason of a fault and what a fault has holds; the rest is 0.
+ */
+typedef struct {
+    uint64_t *hvas, *gpas, *sizes;                 /* of translations */
+    uint64_t *fault_gpas, *entries;                /* of faults */
+    uint8_t *access;                               /* of translations */
+    uint8_t *reasons, *stages, *levels, *tables; /* of faults */
+} vio_answers;
+
 int vio_translate_many(vio_engine *engine, uint32_t rid, uint32_t pasid, const uint64_t *iovas, uint64_t count,
-                       uint32_t access, uint64_t *hvas, uint64_t *gpas, uint64_t *sizes, uint8_t *reasons);
+                       uint32_t access, const vio_answers *out);
 
 /*
  * guest_table.c: a table in memory whose GPA 0 lies at `memory`, its tables in GPAs [first, first + size). What is mapped
@@ -268,6 +278,10 @@ void vio_guest_table_destroy(vio_guest_table *table);
 void vio_guest_table_get(vio_guest_table *table, vio_table *out);
 int vio_guest_table_map(vio_guest_table *table, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t access);
 int vio_guest_table_unmap(vio_guest_table *table, uint64_t iova, uint64_t size);
+int vio_guest_table_protect(vio_guest_table *table, uint64_t iova, uint64_t size, uint32_t access);
+/* Of leaves, whose dirty bit stands for all their pages; bitmap as in vio_dirty_read. */
+int vio_guest_table_read_dirty(vio_guest_table *table, uint64_t iova, uint64_t size, uint32_t page_lg2, int clear,
+                               uint8_t *bitmap);
 
 /* lookup.c */
 int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access, vio_path *out);

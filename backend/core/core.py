@@ -12,8 +12,9 @@ from typing import Any
 from backend.core._native import ffi, lib
 from backend.core.answers import RW, Access, Counters, RouteCounters, SpaceCounters
 from backend.core.errors import BadValueError
-from backend.core.native import LAST_ADDRESS, MAX_IOASID
+from backend.core.native import LAST_ADDRESS, MAX_IOASID, PAGE
 from backend.core.native import address as _address
+from backend.core.native import bitmap_for as _bitmap_for
 from backend.core.native import check as _check
 from backend.core.native import format_of as _format
 from backend.core.native import ioasid_of as _id
@@ -23,11 +24,9 @@ from backend.core.native import route_pasid as _route_pasid
 from backend.core.native import small as _small
 from backend.core.pasid_format import PasidFormat
 from backend.core.requests import Requests
+from backend.core.table_format import TableFormat
 
 BYTES = ffi.typeof("char[]")
-PAGE = 4096
-MAX_DIRTY_BITS = 1 << 30
-"""read_dirty makes its bitmap itself: 128 MiB stand for 4 TiB of pages, and a caller may ask again."""
 
 
 class Core(Requests):
@@ -41,7 +40,7 @@ class Core(Requests):
         NoMemoryError: no memory for them.
     """
 
-    def __init__(self, *, iotlb_entries: int = 4096) -> None:
+    def __init__(self, *, iotlb_entries: int = 4096, walk_caches: bool = True) -> None:
         self._native: Any = None
         out = ffi.new("vio_engine **")
         _check(lib.vio_engine_create(_number(iotlb_entries, MAX_IOASID, "iotlb_entries"), out))
@@ -54,13 +53,17 @@ class Core(Requests):
 
     # Spaces
 
-    def create_host_space(self, ioasid: int, *, fmt: str = "amd-v1", levels: int = 4) -> None:
+    def create_host_space(self, ioasid: int, *, fmt: TableFormat | str = "amd-v1", levels: int = 4) -> None:
         """Create a host-managed space: a page table of format `fmt` in this process, empty.
 
-        Raises: ExistsError, BadValueError (levels), UnknownIdError (format), LimitError.
+        Args:
+            fmt: a TableFormat without options (its geometry counts), or the name of a format, then of `levels`. Every
+                format can hold addresses of this process. First-stage formats map the lower half of their addresses.
+
+        Raises: ExistsError, BadValueError (levels, options), UnknownIdError (format), LimitError.
         """
-        table = ffi.new("vio_table *", {"tree": {"levels": _small(levels)}})
-        _check(lib.vio_space_create_host(self._engine, _id(ioasid), _format(fmt), table), ioasid)
+        name, table = _table_of(fmt, 0, levels)
+        _check(lib.vio_space_create_host(self._engine, _id(ioasid), _format(name), table), ioasid)
 
     def create_process_space(self, ioasid: int, pid: int, pagemap: int) -> None:
         """Create a space that stands for a process's address space: an IOVA is an address of that process.
@@ -154,48 +157,35 @@ class Core(Requests):
 
         Raises: UntrackedError, BadValueError, UnknownIdError, KindError (a nested space: ask its parent).
         """
-        if page_size < PAGE or page_size & (page_size - 1) or size <= 0 or (iova | size) & (page_size - 1):
-            raise BadValueError(
-                f"a page size of {page_size:#x} must be a power of two, 4 KiB or more, that divides IOVA and size",
-                ioasid=ioasid,
-                iova=iova,
-                size=size,
-            )
-        bits = size // page_size
-        if bits > MAX_DIRTY_BITS:
-            raise BadValueError(f"{bits} pages at once: {MAX_DIRTY_BITS} at most", ioasid=ioasid, iova=iova, size=size)
-        bitmap = bytearray((bits + 7) // 8)
-        lg2 = page_size.bit_length() - 1
-        status = lib.vio_dirty_read(
-            self._engine,
-            _id(ioasid),
-            _address(iova, "iova"),
-            _address(size, "size"),
-            lg2,
-            clear,
-            ffi.from_buffer(BYTES, bitmap, True),
-        )
+        bitmap, lg2 = _bitmap_for(iova, size, page_size)
+        pointer = ffi.from_buffer(BYTES, bitmap, True)
+        status = lib.vio_dirty_read(self._engine, _id(ioasid), iova, size, lg2, clear, pointer)
         _check(status, ioasid, iova, size)
         return bytes(bitmap)
 
     def bind_table(
-        self, ioasid: int, *, fmt: str, root: int, levels: int, accessed: bool = False, dirty: bool = False
+        self,
+        ioasid: int,
+        *,
+        fmt: TableFormat | str,
+        root: int,
+        levels: int = 4,
+        accessed: bool = False,
+        dirty: bool = False,
     ) -> None:
         """Let a nested space be translated by the guest's table at GPA `root`; replaces a table bound before.
 
         Args:
-            fmt: "amd-v1".
-            root: GPA of the root table, aligned to 4 KiB.
-            levels: level of the root table, 1 to 6 for amd-v1.
+            fmt: a TableFormat; or the name of a format, then of `levels` and without options but the two below.
+            root: GPA of the root table, aligned as the format asks.
             accessed: set the accessed bit of entries used (AMD: DTE HA).
             dirty: set the dirty bit of leaves written through; needs `accessed` (AMD: DTE HD).
 
-        Raises: BadValueError, UnknownIdError, KindError (host-managed space, or no such format over the parent's).
+        Raises: BadValueError, UnknownIdError, KindError (host-managed space).
         """
-        flags = (lib.VIO_TABLE_ACCESSED if accessed else 0) | (lib.VIO_TABLE_DIRTY if dirty else 0)
-        tree = {"root": _address(root, "root"), "levels": _small(levels)}
-        table = ffi.new("vio_table *", {"tree": tree, "flags": flags})
-        _check(lib.vio_space_bind(self._engine, _id(ioasid), _format(fmt), table), ioasid)
+        name, table = _table_of(fmt, root, levels)
+        table.flags |= (lib.VIO_TABLE_ACCESSED if accessed else 0) | (lib.VIO_TABLE_DIRTY if dirty else 0)
+        _check(lib.vio_space_bind(self._engine, _id(ioasid), _format(name), table), ioasid)
 
     def unbind_table(self, ioasid: int) -> None:
         """Take a nested space's table away. Raises: UnknownIdError, KindError."""
@@ -290,3 +280,14 @@ class Core(Requests):
         out = ffi.new("vio_route_counters *")
         _check(lib.vio_route_counters_get(self._engine, _small(rid), _route_pasid(pasid), out))
         return RouteCounters(*(getattr(out, name) for name in RouteCounters.__slots__))
+
+
+def _table_of(fmt: TableFormat | str, root: int, levels: int) -> tuple[str, Any]:
+    """Return the name of a format and the vio_table of a table of it at `root`."""
+    _address(root, "root")
+    if isinstance(fmt, str):
+        return fmt, ffi.new("vio_table *", {"tree": {"root": root, "levels": _small(levels)}})
+    try:
+        return fmt.name, ffi.new("vio_table *", fmt.fields(root))
+    except OverflowError as beyond:
+        raise BadValueError(f"{fmt} has a number that no table has") from beyond

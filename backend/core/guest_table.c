@@ -59,6 +59,12 @@ static void store(uint64_t *entry, uint64_t value)
     __atomic_store_n(entry, value, __ATOMIC_RELEASE); /* what it leads to is written before it */
 }
 
+/* Where a walk may set bits meanwhile: false if the entry was not *old, which then is what it is. */
+static bool replace(uint64_t *entry, uint64_t *old, uint64_t value)
+{
+    return __atomic_compare_exchange_n(entry, old, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
 /*
  * Step down to `level`, or to the leaf or the empty entry above it that ends the way; with `make`, past empty entries.
  * VIO_OK, VIO_ERR_LIMIT without room for a table, VIO_ERR_VALUE if what is there is no table of ours.
@@ -160,6 +166,11 @@ static bool legal(const struct vio_guest_table *t, uint64_t iova, uint64_t gpa, 
            !t->format->start(&t->config, last, &start);
 }
 
+static bool access_ok(const struct vio_guest_table *t, uint32_t access)
+{
+    return access & PT_RWX && !(access & ~(uint32_t)PT_RWX) && (access & VIO_READ || t->format->write_only);
+}
+
 /* The largest leaf that the alignment of both sides and the size allow. */
 static unsigned leaf_level(const struct vio_guest_table *t, uint64_t iova, uint64_t gpa, uint64_t size)
 {
@@ -235,8 +246,7 @@ int vio_guest_table_map(vio_guest_table *t, uint64_t iova, uint64_t gpa, uint64_
     uint64_t done;
     int status;
 
-    if (!legal(t, iova, gpa, size) || !(access & PT_RWX) || (access & ~(uint32_t)PT_RWX) ||
-        !(access & VIO_READ || t->format->write_only))
+    if (!legal(t, iova, gpa, size) || !access_ok(t, access))
         return VIO_ERR_VALUE;
     pthread_mutex_lock(&t->lock);
     status = check_range(t, iova, size, false);
@@ -249,6 +259,23 @@ int vio_guest_table_map(vio_guest_table *t, uint64_t iova, uint64_t gpa, uint64_
     return status;
 }
 
+static bool is_dirty(const struct vio_guest_table *t, uint64_t leaf)
+{
+    const struct pt_dirty *dirty = &t->format->dirty;
+
+    return !(~leaf & (dirty->tracked | dirty->set)) && !(leaf & dirty->clear);
+}
+
+/* The leaf made dirty or clean, if it has such a state. */
+static uint64_t with_dirty(const struct vio_guest_table *t, uint64_t leaf, bool is)
+{
+    const struct pt_dirty *dirty = &t->format->dirty;
+
+    if (~leaf & dirty->tracked)
+        return leaf;
+    return is ? (leaf | dirty->set) & ~dirty->clear : (leaf & ~dirty->set) | dirty->clear;
+}
+
 /* Let a leaf boundary lie at `iova`: a larger leaf there becomes a table of smaller ones, level by level. */
 static int split(struct vio_guest_table *t, uint64_t iova)
 {
@@ -259,24 +286,38 @@ static int split(struct vio_guest_table *t, uint64_t iova)
            iova & (entry_size(t, place.level) - 1)) {
         unsigned perm = t->format->permissions(&t->config, &place.start, ~0ull, *place.entry, true) & PT_RWX;
         uint64_t table = take_table(t, 1ull << granule(t)), part = entry_size(t, place.level - 1);
+        uint64_t old = *place.entry;
         struct pt_entry leaf;
 
         if (table == NOWHERE)
             return VIO_ERR_LIMIT;
-        if (t->format->decode(&t->config, &place.start, *place.entry, place.level, false, &leaf))
+        if (t->format->decode(&t->config, &place.start, old, place.level, false, &leaf))
             return VIO_ERR_VALUE;
-        for (uint64_t i = 0; i < 1ull << (granule(t) - 3); i++)
-            store(entry_at(t, table + i * 8),
-                  t->format->make_leaf(&t->config, leaf.oa + i * part, place.level - 1,
-                                       pt_entry_lg2(granule(t), place.level - 1), perm));
-        store(place.entry, t->format->make_table(&t->config, table, place.level));
+        do { /* a walk may make the leaf dirty meanwhile, and all its parts are then */
+            for (uint64_t i = 0; i < 1ull << (granule(t) - 3); i++) {
+                uint64_t small = t->format->make_leaf(&t->config, leaf.oa + i * part, place.level - 1,
+                                                      pt_entry_lg2(granule(t), place.level - 1), perm);
+
+                store(entry_at(t, table + i * 8), with_dirty(t, small, is_dirty(t, old)));
+            }
+        } while (!replace(place.entry, &old, t->format->make_table(&t->config, table, place.level)));
     }
+    return status;
+}
+
+/* Let no leaf reach over an end of the range. */
+static int carve(struct vio_guest_table *t, uint64_t iova, uint64_t size)
+{
+    struct pt_start start;
+    int status = split(t, iova);
+
+    if (!status && !t->format->start(&t->config, iova + size, &start)) /* else it is the end of the table */
+        status = split(t, iova + size);
     return status;
 }
 
 int vio_guest_table_unmap(vio_guest_table *t, uint64_t iova, uint64_t size)
 {
-    struct pt_start start;
     int status;
 
     if (!legal(t, iova, 0, size))
@@ -284,11 +325,92 @@ int vio_guest_table_unmap(vio_guest_table *t, uint64_t iova, uint64_t size)
     pthread_mutex_lock(&t->lock);
     status = check_range(t, iova, size, true);
     if (!status)
-        status = split(t, iova);
-    if (!status && !t->format->start(&t->config, iova + size, &start)) /* else it is the end of the table */
-        status = split(t, iova + size);
+        status = carve(t, iova, size);
     if (!status)
         status = clear(t, iova, size);
+    pthread_mutex_unlock(&t->lock);
+    return status;
+}
+
+/* Give every leaf of the range, none of which reaches over its ends, another permission; dirty ones stay so. */
+static int permit(struct vio_guest_table *t, uint64_t iova, uint64_t size, unsigned perm)
+{
+    while (size) {
+        struct place place;
+        struct pt_entry leaf;
+        int status = descend(t, iova, 1, false, &place);
+        uint64_t old, new;
+
+        if (status)
+            return status;
+        old = __atomic_load_n(place.entry, __ATOMIC_ACQUIRE);
+        if (t->format->decode(&t->config, &place.start, old, place.level, false, &leaf))
+            return VIO_ERR_VALUE;
+        do {
+            new = t->format->make_leaf(&t->config, leaf.oa, place.level, leaf.size_lg2, perm);
+            new = with_dirty(t, new, is_dirty(t, old));
+        } while (!replace(place.entry, &old, new));
+        iova += entry_size(t, place.level);
+        size -= entry_size(t, place.level);
+    }
+    return VIO_OK;
+}
+
+int vio_guest_table_protect(vio_guest_table *t, uint64_t iova, uint64_t size, uint32_t access)
+{
+    int status;
+
+    if (!legal(t, iova, 0, size) || !access_ok(t, access))
+        return VIO_ERR_VALUE;
+    pthread_mutex_lock(&t->lock);
+    status = check_range(t, iova, size, true);
+    if (!status)
+        status = carve(t, iova, size);
+    if (!status)
+        status = permit(t, iova, size, access);
+    pthread_mutex_unlock(&t->lock);
+    return status;
+}
+
+static void set_bits(uint8_t *bitmap, uint64_t first, uint64_t last)
+{
+    for (; first <= last && first % 8; first++)
+        bitmap[first / 8] |= (uint8_t)(1u << first % 8);
+    for (; first + 7 <= last; first += 8)
+        bitmap[first / 8] = 0xff;
+    for (; first <= last; first++)
+        bitmap[first / 8] |= (uint8_t)(1u << first % 8);
+}
+
+int vio_guest_table_read_dirty(vio_guest_table *t, uint64_t iova, uint64_t size, uint32_t page_lg2, int clean,
+                               uint8_t *bitmap)
+{
+    bool set_by_walks = !(t->format->flags & VIO_TABLE_DIRTY) || t->config.table.flags & VIO_TABLE_DIRTY;
+    uint64_t done = 0;
+    int status;
+
+    if (!legal(t, iova, 0, size) || page_lg2 < 12 || page_lg2 > 63 || (iova | size) & ((1ull << page_lg2) - 1))
+        return VIO_ERR_VALUE;
+    if (!set_by_walks)
+        return VIO_ERR_UNTRACKED;
+    pthread_mutex_lock(&t->lock);
+    status = clean ? carve(t, iova, size) : VIO_OK;
+    while (!status && done < size) {
+        struct place place;
+        uint64_t old, rest;
+
+        status = descend(t, iova + done, 1, false, &place);
+        if (status)
+            break;
+        old = __atomic_load_n(place.entry, __ATOMIC_ACQUIRE);
+        rest = entry_size(t, place.level) - ((iova + done) & (entry_size(t, place.level) - 1));
+        rest = rest < size - done ? rest : size - done;
+        if (old && is_dirty(t, old))
+            set_bits(bitmap, done >> page_lg2, (done + rest - 1) >> page_lg2);
+        while (clean && old && is_dirty(t, old) && !replace(place.entry, &old, with_dirty(t, old, false)))
+            continue;
+        done += rest;
+    }
     pthread_mutex_unlock(&t->lock);
     return status;
 }

@@ -58,21 +58,59 @@ static int end_at(struct lookup *lookup, const vio_step *step, uint64_t gpa, boo
     return reason;
 }
 
+/*
+ * Are an entry's accessed and dirty bits set? Formats keep them in different ways (dirty may be a write permission), so
+ * they are asked: a bit is clear if a request would change the entry, and set if without one of its bits it would become
+ * what it is.
+ */
+static int8_t used_state(const struct pt_format *format, const struct pt_config *config, uint64_t entry, bool leaf,
+                         bool write)
+{
+    uint64_t after;
+
+    if (!format->use(config, entry, leaf, write, &after) && after != entry)
+        return 0;
+    for (unsigned bit = 0; bit < 64; bit++) {
+        uint64_t without = entry ^ 1ull << bit, before_write;
+
+        if (write && (format->use(config, without, leaf, false, &before_write) || before_write != without))
+            continue; /* it is the accessed bit */
+        if (!format->use(config, without, leaf, write, &after) && after == entry)
+            return 1;
+    }
+    return -1;
+}
+
+/* `updating`: the table's configuration as if requests set all such bits, whether they are to or not. */
+static void tell_used(const struct pt_format *format, const struct pt_config *updating, vio_step *step)
+{
+    uint64_t accessed;
+
+    step->accessed = used_state(format, updating, step->entry, !step->next, false);
+    if (!step->next && !format->use(updating, step->entry, true, false, &accessed))
+        step->dirty = used_state(format, updating, accessed, true, true);
+}
+
 /* Decode an entry into its step; 0 or a reason. */
 static int decode_step(const struct pt_format *format, const struct pt_config *config, const struct pt_start *start,
                        bool trusted, vio_step *step, struct pt_entry *entry)
 {
     int reason = format->decode(config, start, step->entry, step->level, trusted, entry);
+    struct pt_config updating = *config;
 
     step->read = 1;
     step->reason = (uint8_t)reason;
-    if (reason)
+    updating.table.flags |= format->flags & (VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY);
+    if (reason && (trusted || reason != VIO_REASON_ACCESS_FLAG ||
+                   format->decode(&updating, start, step->entry, step->level, trusted, entry)))
         return reason;
     step->decoded = 1;
     step->output = entry->oa;
     step->next = (uint8_t)entry->next;
     step->size_lg2 = (uint8_t)(entry->next ? 0 : entry->size_lg2);
-    return 0;
+    if (!trusted)
+        tell_used(format, &updating, step);
+    return reason;
 }
 
 /* Of rights in the order of PT_BOTH, those of the request's privilege. */
@@ -124,40 +162,6 @@ static int lookup_stage2(struct lookup *lookup, const struct space *space, uint6
     }
 }
 
-/*
- * Are an entry's accessed and dirty bits set? Formats keep them in different ways (dirty may be a write permission), so
- * they are asked: a bit is clear if a request would change the entry, and set if without one of its bits it would become
- * what it is.
- */
-static int8_t used_state(const struct pt_format *format, const struct pt_config *config, uint64_t entry, bool leaf,
-                         bool write)
-{
-    uint64_t after;
-
-    if (!format->use(config, entry, leaf, write, &after) && after != entry)
-        return 0;
-    for (unsigned bit = 0; bit < 64; bit++) {
-        uint64_t without = entry ^ 1ull << bit, before_write;
-
-        if (write && (format->use(config, without, leaf, false, &before_write) || before_write != without))
-            continue; /* it is the accessed bit */
-        if (!format->use(config, without, leaf, write, &after) && after == entry)
-            return 1;
-    }
-    return -1;
-}
-
-static void tell_used(const struct pt_format *format, const struct pt_config *config, vio_step *step)
-{
-    struct pt_config updating = *config; /* as if hardware set them all, whether it is to or not */
-    uint64_t accessed;
-
-    updating.table.flags |= format->flags & (VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY);
-    step->accessed = used_state(format, &updating, step->entry, !step->next, false);
-    if (!step->next && !format->use(&updating, step->entry, true, false, &accessed))
-        step->dirty = used_state(format, &updating, accessed, true, true);
-}
-
 /* Through the guest's table, each entry read through its parent's. */
 static int lookup_stage1(struct lookup *lookup, const struct space *space, struct found *out)
 {
@@ -189,7 +193,6 @@ static int lookup_stage1(struct lookup *lookup, const struct space *space, struc
         reason = decode_step(format, config, &start, false, step, &entry);
         if (reason)
             return end_at(lookup, step, at, false, reason);
-        tell_used(format, config, step);
         if (!entry.next)
             break;
         if (entry.next != level - 1) { /* address bits that skipped levels would have indexed must be zero */
@@ -235,6 +238,7 @@ struct pasid_lookup {
     struct pasid_reader reader;
     struct lookup *lookup;
     const struct space *stage2;
+    vio_step *step; /* of the entry */
 };
 
 /* A word of a PASID table; the first one of an entry is told. */
@@ -248,10 +252,12 @@ static int load_word(struct pasid_reader *reader, uint64_t at, unsigned level, u
 
     if (reason)
         return reason;
-    if (at == reader->at)
-        add_step(lookup, 1, level, lookup->request.pasid, at)->next = (uint8_t)(level - 1);
-    else
-        lookup->path->count = told; /* beside the first one */
+    if (at == reader->at) {
+        through->step = add_step(lookup, 1, level, lookup->request.pasid, at);
+    } else { /* beside the first one */
+        lookup->path->count = told;
+        lookup->step = through->step;
+    }
     guard_memory(&lookup->guard, place.oa, sizeof *word);
     *word = __atomic_load_n((const uint64_t *)(uintptr_t)place.oa, __ATOMIC_ACQUIRE);
     if (at == reader->at) {

@@ -14,6 +14,9 @@ ANY_PASID: int = lib.VIO_ANY_PASID
 """In place of a PASID where requests are led: all those of a device that have no route of their own."""
 LAST_ADDRESS = (1 << 64) - 1
 MAX_IOASID = (1 << 32) - 1
+PAGE = 4096
+MAX_DIRTY_BITS = 1 << 30
+"""A bitmap of dirty pages is made for the caller: 128 MiB stand for 4 TiB of pages, and he may ask again."""
 
 
 def check(status: int, ioasid: int | None = None, iova: int | None = None, size: int | None = None) -> None:
@@ -137,6 +140,20 @@ def pasid_of(pasid: int | None) -> int:
 def route_pasid(pasid: int | None) -> int:
     """Return the PASID of a route, which may be ANY_PASID."""
     return ANY_PASID if pasid == ANY_PASID else pasid_of(pasid)
+
+
+def bitmap_for(iova: int, size: int, page_size: int) -> tuple[bytearray, int]:
+    """Return a bitmap of a range's pages, all clear, and log2 of the page size."""
+    address(iova, "iova")
+    address(size, "size")
+    if page_size < PAGE or page_size & (page_size - 1) or not size or (iova | size) & (page_size - 1):
+        raise BadValueError(
+            f"{size:#x} bytes at IOVA {iova:#x} by pages of {page_size:#x}: the page size must be a power of two, 4 KiB"
+            " or more, that divides both"
+        )
+    if size // page_size > MAX_DIRTY_BITS:
+        raise BadValueError(f"{size // page_size} pages at once: {MAX_DIRTY_BITS} at most")
+    return bytearray((size // page_size + 7) // 8), page_size.bit_length() - 1
 
 
 def format_of(name: str) -> int:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 BYTES = ffi.typeof("char[]")
+WIDE_ANSWERS = ("hva", "gpa", "size", "fault_gpa", "entry")
+NARROW_ANSWERS = ("access", "reason", "stage", "level", "table")
+"""Columns of translate_many in the order of vio_answers: of 64 and of 8 bits."""
 MAX_READ = 1 << 30
 """dma_read makes its buffer itself: no device moves more at once, so a larger length is a bug and not a need."""
 
@@ -58,8 +61,10 @@ class Requests:
             if kind not in {("Q", 8), ("L", 8), ("B", 1)} or view.nbytes % 8 or not view.c_contiguous:
                 raise BadValueError(f"IOVAs are unsigned 64-bit numbers in a row, not a buffer of {view.format!r}")
             count = view.nbytes // 8
-            hva, gpa, size = (memoryview(bytearray(8 * count)).cast("Q") for _ in range(3))
-            reasons = memoryview(bytearray(count))
+            wide = [memoryview(bytearray(8 * count)).cast("Q") for _ in WIDE_ANSWERS]
+            narrow = [memoryview(bytearray(count)) for _ in NARROW_ANSWERS]
+            columns = [ffi.from_buffer("uint64_t[]", column, True) for column in wide]
+            columns += [ffi.from_buffer("uint8_t[]", column, True) for column in narrow]
             status = lib.vio_translate_many(
                 self._engine,
                 small(rid),
@@ -67,11 +72,10 @@ class Requests:
                 ffi.from_buffer("uint64_t[]", view),
                 count,
                 small(access),
-                *(ffi.from_buffer("uint64_t[]", column, True) for column in (hva, gpa, size)),
-                ffi.from_buffer("uint8_t[]", reasons, True),
+                ffi.new("vio_answers *", columns),
             )
         check(min(status, 0))
-        return Translations(hva, gpa, size, reasons)
+        return Translations(**dict(zip(WIDE_ANSWERS + NARROW_ANSWERS, wide + narrow, strict=True)))
 
     def lookup(self, rid: int, iova: int, *, pasid: int | None = None, access: Access = Access.READ) -> Path:
         """Tell the whole path of a translation without being a request.

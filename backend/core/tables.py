@@ -8,7 +8,9 @@ from backend.core._native import ffi, lib
 from backend.core.answers import RW, Access
 from backend.core.errors import BadValueError
 from backend.core.memory import PlainMemory
-from backend.core.native import address, check, format_of, number
+from backend.core.native import PAGE, address, bitmap_for, check, format_of, number
+
+BYTES = ffi.typeof("char[]")
 
 
 class Binding(TypedDict):
@@ -84,6 +86,27 @@ class TableBuilder:
         """
         status = lib.vio_guest_table_unmap(self._live(), address(iova, "iova"), address(size, "size"))
         check(status, None, iova, size)
+
+    def protect(self, iova: int, size: int, access: Access) -> None:
+        """Let `access` be what [iova, iova + size), all of it mapped, permits; what is dirty stays so.
+
+        Raises: BadValueError, NotMappedError, LimitError (room to split a larger leaf); nothing is changed then.
+        """
+        numbers = address(iova, "iova"), address(size, "size")
+        check(lib.vio_guest_table_protect(self._live(), *numbers, access), None, iova, size)
+
+    def read_dirty(self, iova: int, size: int, page_size: int = PAGE, *, clear: bool = True) -> bytes:
+        """Return which pages of [iova, iova + size) lie in leaves whose dirty bit is set, a bit each, and clear it.
+
+        Bits as in `Core.read_dirty`. A core that holds such a leaf in its IOTLB writes on without setting the bit again
+        until that is invalidated. Clearing splits leaves that reach over the ends of the range.
+
+        Raises: UntrackedError (walks do not set dirty bits in this table), BadValueError, LimitError (room to split).
+        """
+        bitmap, lg2 = bitmap_for(iova, size, page_size)
+        pointer = ffi.from_buffer(BYTES, bitmap, True)
+        check(lib.vio_guest_table_read_dirty(self._live(), iova, size, lg2, clear, pointer), None, iova, size)
+        return bytes(bitmap)
 
     def _live(self) -> Any:
         self.memory.pointer  # noqa: B018  (raises once the memory is closed)

@@ -162,6 +162,7 @@ static const struct pt_format amd_v1_format = {
     .max_levels = AMD_V1_MAX_LEVELS,
     .skips_levels = true,
     .write_only = true,
+    .dirty = {.set = AMD_V1_D},
     .prepare = amd_v1_prepare,
     .start = amd_v1_start,
     .decode = amd_v1_decode,

@@ -225,12 +225,18 @@ PT_INLINE uint64_t arm_make(const struct pt_config *config, uint64_t oa)
     return oa | ARM_VALID;
 }
 
+/* Writable: dirty, or clean where DBM lets walks make it dirty. `set`: AP2 of a leaf that may be written. */
+PT_INLINE uint64_t arm_writable(const struct pt_config *config, uint64_t set)
+{
+    return config->table.flags & VIO_TABLE_DIRTY ? ARM_DBM | (set ^ ARM_AP2) : set;
+}
+
 PT_INLINE uint64_t arm_s1_make_leaf(const struct pt_config *config, uint64_t oa, unsigned level, unsigned size_lg2,
                                     unsigned perm)
 {
     (void)size_lg2;
     return arm_make(config, oa) | (level == 1 ? ARM_TABLE : 0) | ARM_SHAREABLE | ARM_AF | 1ull << ARM_USER_SHIFT |
-           (perm & VIO_WRITE ? 0 : ARM_AP2) |
+           (perm & VIO_WRITE ? arm_writable(config, 0) : ARM_AP2) |
            (perm & VIO_EXECUTE ? 0 : 1ull << ARM_UXN_SHIFT | 1ull << ARM_PXN_SHIFT);
 }
 
@@ -239,7 +245,7 @@ PT_INLINE uint64_t arm_s2_make_leaf(const struct pt_config *config, uint64_t oa,
 {
     (void)size_lg2;
     return arm_make(config, oa) | (level == 1 ? ARM_TABLE : 0) | ARM_S2_NORMAL | ARM_SHAREABLE | ARM_AF |
-           (perm & VIO_READ ? 1ull << ARM_READ_SHIFT : 0) | (perm & VIO_WRITE ? ARM_AP2 : 0) |
+           (perm & VIO_READ ? 1ull << ARM_READ_SHIFT : 0) | (perm & VIO_WRITE ? arm_writable(config, ARM_AP2) : 0) |
            (perm & VIO_EXECUTE ? 0 : 1ull << ARM_UXN_SHIFT);
 }
 
@@ -256,6 +262,7 @@ static const struct pt_format arm_s1_format = {
     .min_levels = 1,
     .max_levels = ARM_MAX_LEVELS,
     .any_granule = true,
+    .dirty = {.clear = ARM_AP2, .tracked = ARM_DBM},
     .denies = PT_MASK(62, 59),
     .prepare = arm_s1_prepare,
     .start = arm_s1_start,
@@ -275,6 +282,7 @@ static const struct pt_format arm_s2_format = {
     .max_levels = ARM_MAX_LEVELS,
     .any_granule = true,
     .write_only = true,
+    .dirty = {.set = ARM_AP2, .tracked = ARM_DBM},
     .prepare = arm_s2_prepare,
     .start = arm_s2_start,
     .decode = arm_decode,

@@ -61,6 +61,14 @@ struct pt_entry {
     unsigned next;     /* level of the next table; 0: leaf */
 };
 
+/*
+ * Dirty state of a leaf: if all of `tracked` stand, a dirty leaf has all bits `set` and none of `clear`, a clean one the
+ * other way round; else the leaf has none.
+ */
+struct pt_dirty {
+    uint64_t set, clear, tracked;
+};
+
 struct pt_format {
     /* limits */
     const char *name;
@@ -69,6 +77,7 @@ struct pt_format {
     bool skips_levels;       /* a table entry may name any lower level, not just the next */
     bool any_granule;        /* not only PT_GRANULE */
     bool write_only;         /* leaves can permit writes without reads */
+    struct pt_dirty dirty;
     uint64_t denies;         /* bits of a table entry that take rights away when set, not clear (see permissions) */
 
     /*
@@ -95,7 +104,7 @@ struct pt_format {
     int (*use)(const struct pt_config *config, uint64_t entry, bool leaf, bool write, uint64_t *after);
 
     /*
-     * Entries as the builder writes them. `perm` is of PT_RWX; `oa` is aligned to 2^size_lg2, a size that leaf_sizes
+     * Entries as the builder writes them; leaves are clean where walks are to set the dirty bit. `perm` is of PT_RWX; `oa` is aligned to 2^size_lg2, a size that leaf_sizes
      * allows. A leaf larger than its level's entries stands in each of those it covers, the same in all.
      */
     uint64_t (*leaf_sizes)(const struct pt_config *config, unsigned level); /* bit n: leaves of 2^n bytes at `level` */

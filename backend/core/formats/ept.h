@@ -135,6 +135,7 @@ static const struct pt_format ept_format = {
              VIO_TABLE_EXECUTE_MODES,
     .min_levels = 4,
     .max_levels = 5,
+    .dirty = {.set = EPT_D},
     .prepare = ept_prepare,
     .start = ept_start,
     .decode = ept_decode,

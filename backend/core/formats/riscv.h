@@ -158,12 +158,12 @@ PT_INLINE uint64_t riscv_leaf_sizes(const struct pt_config *config, unsigned lev
     return 1ull << pt_entry_lg2(PT_GRANULE, level) | (uint64_t)napot << RISCV_NAPOT_LG2;
 }
 
-/* A and D stand from the start, lest hardware that does not set them refuses the leaf. */
+/* A and D stand from the start where hardware does not set them and would refuse the leaf. */
 PT_INLINE uint64_t riscv_make_leaf(const struct pt_config *config, uint64_t oa, unsigned level, unsigned size_lg2,
                                    unsigned perm)
 {
-    (void)config;
-    return oa >> RISCV_PPN_SHIFT | RISCV_V | (uint64_t)perm << RISCV_RWX_SHIFT | RISCV_U | RISCV_A | RISCV_D |
+    return oa >> RISCV_PPN_SHIFT | RISCV_V | (uint64_t)perm << RISCV_RWX_SHIFT | RISCV_U | RISCV_A |
+           (config->table.flags & VIO_TABLE_DIRTY ? 0 : RISCV_D) |
            (size_lg2 > pt_entry_lg2(PT_GRANULE, level) ? RISCV_N | RISCV_NAPOT_64K : 0);
 }
 
@@ -179,6 +179,7 @@ static const struct pt_format riscv_format = {
              VIO_TABLE_RSW,
     .min_levels = 3,
     .max_levels = 5,
+    .dirty = {.set = RISCV_D},
     .prepare = riscv_prepare,
     .start = riscv_start,
     .decode = riscv_decode,
@@ -194,6 +195,7 @@ static const struct pt_format riscv_x4_format = {
     .flags = VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY | VIO_TABLE_NO_NAPOT | VIO_TABLE_NO_PBMT | VIO_TABLE_RSW,
     .min_levels = 3,
     .max_levels = 5,
+    .dirty = {.set = RISCV_D},
     .prepare = riscv_x4_prepare,
     .start = riscv_x4_start,
     .decode = riscv_decode,

@@ -123,6 +123,7 @@ static const struct pt_format vtd_second_stage_format = {
     .min_levels = 3,
     .max_levels = 5,
     .write_only = true,
+    .dirty = {.set = VTD_SS_D},
     .prepare = vtd_second_stage_prepare,
     .start = vtd_second_stage_start,
     .decode = vtd_second_stage_decode,

@@ -140,6 +140,7 @@ static const struct pt_format x86_format = {
              VIO_TABLE_NO_1G,
     .min_levels = 4,
     .max_levels = 5,
+    .dirty = {.set = X86_D},
     .denies = X86_XD,
     .prepare = x86_prepare,
     .start = x86_start,
