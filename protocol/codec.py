@@ -18,7 +18,7 @@ import msgpack
 
 from .errors import Malformed, RpcError
 from .limits import DEFAULT, Limits
-from .messages import NOTIFICATION, REQUEST, RESPONSE, Ignored, Message, Unusable, is_msgid, parse
+from .messages import NOTIFICATION, REQUEST, RESPONSE, Ignored, Message, Response, Unusable, is_msgid, parse
 
 KEPT = 64 << 10
 """Bytes of buffers worth keeping for the next message; larger ones are given back."""
@@ -91,9 +91,9 @@ class Decoder:
         except (ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError
             is_text = isinstance(error, UnicodeDecodeError)
             wrong = "text that is no UTF-8" if is_text else "a map whose keys are no names"
-            return _unusable(packed, f"the request holds {wrong}")
+            return _unusable(packed, f"the message holds {wrong}")
         if not _is_flat(value, self._limits.depth):
-            return _unusable(packed, f"the request is nested deeper than {self._limits.depth} arrays and maps")
+            return _unusable(packed, f"the message is nested deeper than {self._limits.depth} arrays and maps")
         return parse(value)
 
 
@@ -116,20 +116,24 @@ def _is_flat(value: object, depth: int) -> bool:
 
 
 def _unusable(packed: bytearray, sentence: str) -> Message:
-    """Answer a whole message that cannot be built or used, if its head says which request it is."""
+    """What to make of a whole message that cannot be built or used: its head says what it was to be."""
     head = msgpack.Unpacker(max_buffer_size=0)
     head.feed(packed)
+    kind: object = None
+    msgid: object = None
     try:
-        length = head.read_array_header()
-        kind = head.unpack() if length else None
-        msgid = head.unpack() if length > 1 and kind == REQUEST else None
+        if head.read_array_header() > 1:
+            kind = head.unpack()
+            msgid = None if kind == NOTIFICATION else head.unpack()
     except (ValueError, TypeError):
-        length, kind, msgid = 0, None, None
-    if type(kind) is int and kind == REQUEST and isinstance(msgid, int) and is_msgid(msgid):
-        return Unusable(msgid, errno.EINVAL, sentence)
-    if type(kind) is int and kind in (RESPONSE, NOTIFICATION):
+        pass  # the head itself is what cannot be built
+    if type(kind) is int and kind == NOTIFICATION:
         return Ignored()
-    raise Malformed(errno.EPROTO, "this is no MessagePack-RPC: a message is an array that begins with 0, 1 or 2")
+    if type(kind) is not int or kind not in (REQUEST, RESPONSE) or not isinstance(msgid, int) or not is_msgid(msgid):
+        raise Malformed(errno.EPROTO, f"{sentence}, and its head says no more")
+    return (
+        Unusable(msgid, errno.EINVAL, sentence) if kind == REQUEST else Response(msgid, [errno.EBADMSG, sentence], None)
+    )
 
 
 class Encoder:
