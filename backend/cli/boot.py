@@ -12,7 +12,6 @@ from pathlib import Path
 
 from backend.cli.options import add_machine_options, chosen_machine, namespaces
 from backend.cli.supervisor import EXIT_CHECK_FAILED, EXIT_OK, guarded, supervise
-from backend.control.control import NAME as CONTROL
 from backend.vm.backend import Backend
 from backend.vm.boot import Boot, rounds
 from backend.vm.lost import VmLost
@@ -20,7 +19,7 @@ from backend.vm.machine import Machine
 from backend.vm.parts import Parts
 from backend.vm.progress import notice, shown
 from backend.vm.report import Report
-from backend.vm.run_folder import RunFolder
+from backend.vm.run_folder import CONTROL, RunFolder
 from backend.vm.summary import report_of
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from backend.cli import serve_engine
 from backend.cli.options import add_machine_options, chosen_machine, namespaces
 from backend.cli.supervisor import EXIT_OK, guarded, supervise
-from backend.control.control import NAME as CONTROL
 from backend.vm.backend import Backend
 from backend.vm.boot import Boot
 from backend.vm.errors import CannotRun
@@ -22,7 +21,7 @@ from backend.vm.machine import Machine
 from backend.vm.parts import Parts
 from backend.vm.progress import notice, shown
 from backend.vm.qemu_process import die_with_parent
-from backend.vm.run_folder import RunFolder
+from backend.vm.run_folder import CONTROL, RunFolder
 
 if TYPE_CHECKING:
     from backend.endpoints.nvme import Namespace

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from backend.cli.supervisor import EXIT_OK, guarded, supervise
 from backend.control.alone import MAX_ENDPOINTS, EngineAlone
-from backend.control.control import NAME as CONTROL
 from backend.vm.errors import CannotRun
-from backend.vm.run_folder import RunFolder
+from backend.vm.run_folder import CONTROL, RunFolder
 from protocol import SocketRefused
 
 RUN_NAME = "engine"

@@ -19,9 +19,6 @@ from .parameters import Params
 from .session import Session
 from .status import Status
 
-NAME = "control"
-"""Of the socket in a run's folder, without .sock."""
-
 Look = Callable[[Session, Params], Any]
 
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from backend.vm.errors import CannotRun
 
 SOCKET_PATH_LIMIT = 107  # sockaddr_un.sun_path holds 108 bytes, the last of them zero
+CONTROL = "control"  # the socket of each run's control plane, without .sock
 LOGS_KEPT = 20  # failed runs whose logs stay: enough to look back on a day's work, a few MiB in all
 
 
