@@ -1,7 +1,8 @@
 """`vioasid ctl`: call methods of a run's control socket. Without METHOD, lines of stdin are called one after another on
 one connection, and so in one context.
 
-key=value: numbers (0x1000), sizes (4K, 1G), true, false, null, bytes (hex:00ff), JSON ({...}, [...], "..."), else strings.
+key=value: numbers (0x1000), sizes (4K, 1G), true, false, null, bytes (hex:00ff), JSON ({...}, [...], "..."), else
+strings.
 """
 
 from __future__ import annotations
@@ -56,10 +57,8 @@ class Line:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code; see the epilog."""
-    if args.method is not None:
-        lines = iter([Line(args.method, parameters(args.parameters))])
-    else:
-        lines = parsed(sys.stdin)
+    one = None if args.method is None else Line(args.method, parameters(args.parameters))
+    lines = parsed(sys.stdin) if one is None else iter([one])
     with ExitStack() as stack:
         memory = stack.enter_context(OwnMemory(args.memory)) if args.memory is not None else None
         return talk(args, lambda client: _call_all(client, memory, lines, as_json=args.json))
@@ -89,7 +88,10 @@ async def _call_all(client: Client, memory: OwnMemory | None, lines: Iterator[Li
             else:
                 result = await client.call(line.method, **line.fields)
         except RpcError as error:
-            refused(error, as_json=as_json, method=line.method)
+            if line.may_fail and not as_json:
+                print(f"refused: {error}", flush=True)
+            else:
+                refused(error, as_json=as_json, method=line.method)
             if not line.may_fail:
                 return EXIT_CHECK_FAILED
             continue
