@@ -12,6 +12,7 @@ from .info import FormatInfo, Info
 from .kinds import Kind
 from .port import DevicePort
 from .user_memory import OwnMemory, UserMemory
+from .vm_memory import VmMemorySource
 
 __all__ = [
     "COMMANDS",
@@ -31,5 +32,6 @@ __all__ = [
     "OwnMemory",
     "PgtableFormat",
     "UserMemory",
+    "VmMemorySource",
     "What",
 ]

@@ -12,9 +12,12 @@ from .command import Command
 from .formats import PgtableFormat
 from .info import Info, describe
 from .kinds import Kind
-from .limits import MAX_CHILDREN, MAX_IOASIDS
+from .limits import MAX_CHILDREN, MAX_DEPTH, MAX_IOASIDS
 from .spaces import Space
 from .tables import TableCommands
+
+NESTED = frozenset({Kind.USER, Kind.KERNEL})
+"""Kinds that can stand beneath a parent."""
 
 
 class AllocationCommands(TableCommands):
@@ -59,20 +62,22 @@ class AllocationCommands(TableCommands):
             )
         if root is not None and kind != Kind.USER:
             raise command.refuse(errno.EINVAL, f"kind {kind} has no table of a user's: leave root out")
+        if parent is not None and kind not in NESTED:
+            raise command.refuse(errno.EINVAL, f"an IOASID of kind {kind} stands beneath no other: leave parent out")
         if (pid is not None) != (kind == Kind.SVA):
             raise command.refuse(errno.EINVAL, "a process goes with kind sva, and with no other: see pid")
         above = self._parent(command, parent) if parent is not None else None
         if kind == Kind.USER and root is None:
             assert above is not None
             fmt = above.format
-        else:
+        elif kind != Kind.SVA:  # whose table is that of the process
             self._format(command, kind, fmt)
         ioasid = self._new_space(command, kind, fmt, above, pid)
         if root is not None:
             space = self._spaces[ioasid]
             try:
                 self._bind(command, space, root, fmt)
-            except OSError:
+            except BaseException:
                 self._drop(space)
                 raise
         return ioasid
@@ -83,7 +88,7 @@ class AllocationCommands(TableCommands):
         command = cmd.CREATE_NESTING
         self._enter(command, parent=parent, kind=kind)
         above = self._parent(command, parent)
-        if kind not in {Kind.USER, Kind.KERNEL}:
+        if kind not in NESTED:
             raise command.refuse(errno.EOPNOTSUPP, f"no nesting of kind {kind!r}: ask for user or kernel")
         return self._new_space(command, Kind(kind), above.format, above, None)
 
@@ -107,8 +112,10 @@ class AllocationCommands(TableCommands):
         above = self._space(command, parent)
         if above.kind not in cmd.CREATE_NESTING.kinds:
             raise command.refuse(
-                errno.EINVAL, f"IOASID {parent} is of kind {above.kind}: a parent is host-managed, of kind kernel"
+                errno.EINVAL, f"IOASID {parent} is of kind {above.kind}: a parent is host-managed, of kind kernel or vm"
             )
+        if above.depth >= MAX_DEPTH:
+            raise command.refuse(errno.ENOSPC, f"IOASID {parent} stands beneath {MAX_DEPTH - 1} others: no deeper")
         if above.children >= MAX_CHILDREN:
             raise command.refuse(errno.ENOSPC, f"IOASID {parent} has {MAX_CHILDREN} children: free one first")
         return above
@@ -123,7 +130,7 @@ class AllocationCommands(TableCommands):
             raise command.refuse(errno.EOPNOTSUPP, f"kind {kind} is not to be had")
         core_id = self.engine.new_core_id()
         with within_limits(command):
-            body = make(Request(command, self._core, core_id, fmt, parent, pid))
+            body = make(Request(command, self.engine, core_id, fmt, parent, pid))
         ioasid = heappop(self._free) if self._free else len(self._spaces) + 1
         space = Space(self._self, ioasid, core_id, kind, fmt, body, parent)
         self._spaces[ioasid] = space

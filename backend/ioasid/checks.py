@@ -75,6 +75,8 @@ class Checks:
     def _format(self, command: Command, kind: Kind, fmt: PgtableFormat) -> FormatRule:
         """The rule of a format that is on offer for a kind."""
         rule = FORMATS.get(fmt.vendor)
+        if kind == Kind.VM:  # a table that the host builds
+            kind = Kind.KERNEL
         if rule is None or kind not in rule.kinds:
             offered = ", ".join(each.vendor for each in FORMATS.values() if kind in each.kinds)
             raise command.refuse(

@@ -20,6 +20,7 @@ _RID = Field("rid", Unit.RID)
 _PASID = Field("pasid", Unit.PASID, optional=True)
 _FORMAT = (Field("vendor", Unit.NAME), Field("levels", Unit.COUNT))
 _ON_KERNEL = frozenset({Kind.KERNEL})
+_ON_HOST_TABLE = frozenset({Kind.KERNEL, Kind.VM})
 _ON_USER = frozenset({Kind.USER})
 
 ALLOC = Command(
@@ -39,8 +40,10 @@ ALLOC = Command(
         errno.EINVAL: _FIELD + ", or fields that do not go with the kind: user needs a parent, sva a process",
         errno.ENOENT: _UNKNOWN + " (the parent)",
         errno.EOPNOTSUPP: "no such kind, or the format is not offered for it",
-        errno.ENOSPC: "the context has all the IOASIDs, or the engine all the tables, it may have",
+        errno.ENOSPC: "the context has all the IOASIDs, or the engine all the tables and processes, it may have",
         errno.ENOMEM: "no memory for the table",
+        errno.ESRCH: "no process of this pid with memory of its own",
+        errno.EPERM: "the process may not be touched: ptrace(2) would be refused",
     },
 )
 FREE = Command(
@@ -60,7 +63,7 @@ GET_INFO = Command(
 MAP_DMA = Command(
     "MAP_DMA",
     6,
-    "[iova, iova + size) stands for the user's memory at vaddr",
+    "[iova, iova + size) stands for the user's memory at vaddr; beneath a parent, for the parent's addresses",
     (
         _IOASID,
         Field("iova", Unit.ADDRESS),
@@ -97,12 +100,12 @@ CREATE_NESTING = Command(
     8,
     "an IOASID beneath a host-managed one, guest-managed or (kernel) host-managed; answers with its number",
     (Field("parent", Unit.IOASID), Field("kind", Unit.NAME)),
-    _ON_KERNEL,
+    _ON_HOST_TABLE,
     {
-        errno.EINVAL: _FIELD + ", or the parent is guest-managed",
+        errno.EINVAL: _FIELD + ", or the parent has no table of the host's (sva, user)",
         errno.EOPNOTSUPP: "no nesting of this kind",
         errno.ENOENT: _UNKNOWN,
-        errno.ENOSPC: "the context has all the IOASIDs, or the parent all the children, it may have",
+        errno.ENOSPC: "the context has all the IOASIDs, the parent all the children or depth, it may have",
         errno.ENOMEM: "no memory for it",
     },
 )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from .allocation import AllocationCommands
 from .attachments import AttachmentCommands
 from .memory import MemoryCommands
-from .spaces import Space
 
 
 class Context(AllocationCommands, MemoryCommands, AttachmentCommands):
@@ -29,15 +28,7 @@ class Context(AllocationCommands, MemoryCommands, AttachmentCommands):
             while device.stacks:
                 self._pop(device, next(reversed(device.stacks)))
             self._release(device)
-        for space in sorted(self._spaces.values(), key=_depth, reverse=True):
+        for space in sorted(self._spaces.values(), key=lambda each: each.depth, reverse=True):
             self._drop(space)
         self._closed = True
         self.engine.contexts.discard(self)
-
-
-def _depth(space: Space) -> int:
-    """How many parents an IOASID has above it."""
-    depth = 0
-    while space.parent is not None:
-        space, depth = space.parent, depth + 1
-    return depth

@@ -14,8 +14,10 @@ from .device import Device
 from .errors import IoasidError
 from .kinds import Kind
 from .limits import MAX_CONTEXTS, MAX_DEVICES, MAX_RID
+from .merged import Room
 from .spaces import Space
 from .user_memory import UserMemory
+from .vm_memory import VmMemorySource
 
 MAX_CORE_ID = (1 << 32) - 1
 
@@ -35,6 +37,11 @@ class Engine:
         self.devices: dict[int, Device] = {}
         """By RID."""
         self.contexts: set[Context] = set()
+        self.vm_memory = VmMemorySource()
+        """Where the VM's memory lies: what IOASIDs of kind vm follow."""
+        self.merged_room = Room()
+        self.processes = 0
+        """IOASIDs of kind sva."""
         self._spaces: dict[int, Space] = {}
         self._freed = dict.fromkeys(Kind, SpaceCounters(*(0 for _ in fields(SpaceCounters))))
         self._next_core_id = 1

@@ -29,7 +29,8 @@ class FormatRule:
     """What a format can be asked for.
 
     levels: those that a root may have; index_bits: of the address consumed by each level; root_bits: width of the root
-    table's address; kinds: of IOASID that may have it; source: where the format is specified.
+    table's address; kinds: of IOASID that may have it; source: where the format is specified; write_only: a mapping can
+    permit writes without reads.
     """
 
     vendor: str
@@ -38,6 +39,7 @@ class FormatRule:
     root_bits: int
     kinds: frozenset[Kind]
     source: str
+    write_only: bool = False
 
     def address_width(self, levels: int) -> int:
         """Bits of an input address that a table of so many levels translates."""
@@ -58,6 +60,7 @@ FORMATS: Mapping[str, FormatRule] = MappingProxyType(
                 index_bits=9,
                 root_bits=52,
                 kinds=frozenset({Kind.KERNEL, Kind.USER}),
+                write_only=True,
                 source="AMD I/O Virtualization Technology (IOMMU) Specification, 48882, section 2.2.3",
             ),
         )

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from backend.core import Core, SpaceCounters
 
+from .bodies import ProcessBody
 from .commands import COMMANDS
 from .formats import FORMATS, FormatRule, PgtableFormat
 from .kinds import Kind
+from .limits import USER_END
 from .spaces import Space
 
 
@@ -37,10 +39,13 @@ class Info:
     """Bits of an IOVA; None where no table says."""
     page_sizes: tuple[int, ...]
     """Bytes, smallest first."""
+    pid: int | None
+    """The process that one of kind sva stands for, while it runs: later on, its number may be another's."""
     parent: int | None
     children: int
     attachments: int
     mappings: int
+    """What MAP_DMA mapped; of kind vm, the extents of the VM's memory."""
     mapped: int
     """Bytes."""
     commands: tuple[str, ...]
@@ -52,20 +57,25 @@ class Info:
 
 def describe(space: Space, core: Core) -> Info:
     """The answer for one IOASID."""
-    fmt = space.format if space.kind != Kind.USER or space.bound_root is not None else None
+    kind = space.kind
+    held = space.table.pieces if kind == Kind.VM else space.mappings
+    has_format = kind in {Kind.KERNEL, Kind.VM} or space.bound_root is not None
+    fmt = space.format if has_format else None
     rule = FORMATS[fmt.vendor] if fmt is not None else None
+    bare = USER_END.bit_length() - 1 if kind == Kind.SVA else None
     return Info(
         ioasid=space.ioasid,
-        kind=space.kind,
+        kind=kind,
         format=fmt,
         root=space.bound_root,
-        address_width=rule.address_width(fmt.levels) if rule is not None and fmt is not None else None,
+        address_width=rule.address_width(fmt.levels) if rule is not None and fmt is not None else bare,
         page_sizes=rule.page_sizes(fmt.levels) if rule is not None and fmt is not None else (),
+        pid=space.body.process.pid if isinstance(space.body, ProcessBody) and space.body.process.alive else None,
         parent=space.parent.ioasid if space.parent is not None else None,
         children=space.children,
         attachments=space.attachments,
-        mappings=len(space.mappings),
-        mapped=space.mappings.size,
+        mappings=len(held),
+        mapped=held.size,
         commands=tuple(
             command.name for command in COMMANDS.values() if command.takes_ioasid and space.kind in command.kinds
         ),

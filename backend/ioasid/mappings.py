@@ -53,6 +53,14 @@ class Mappings:
                 return mapping
         return None
 
+    def within(self, iova: int, size: int) -> Iterator[Mapping]:
+        """All mappings that share a byte with [iova, iova + size), in order."""
+        first = bisect_left(self._starts, iova)
+        if first and self._by_start[self._starts[first - 1]].end > iova:
+            first -= 1
+        for start in self._starts[first : bisect_left(self._starts, iova + size)]:
+            yield self._by_start[start]
+
     def add(self, mapping: Mapping) -> None:
         """Take one in. It must overlap none: ask `overlapping` first."""
         self._starts.insert(bisect_left(self._starts, mapping.iova), mapping.iova)

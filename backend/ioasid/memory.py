@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from backend.core import RW, Access, CoreError
+from backend.core import RW, Access
 
 from . import commands as cmd
 from .checks import Checks, within_limits
@@ -12,7 +12,6 @@ from .errors import IoasidError
 from .formats import FORMATS
 from .limits import MAX_MAPPINGS
 from .mappings import Mapping
-from .spaces import Space
 
 
 class MemoryCommands(Checks):
@@ -46,10 +45,8 @@ class MemoryCommands(Checks):
         except IoasidError as error:
             raise command.refuse(error.errno or 0, error.sentence) from error
         with within_limits(command):
-            space.body.map(iova, where, size, access)
-            mapping = Mapping(iova, size, vaddr, where, access)
-            space.mappings.add(mapping)
-            self._tell_followers(space, mapping)
+            space.table.map(iova, where, size, access)
+        space.mappings.add(Mapping(iova, size, vaddr, where, access))
 
     def unmap_dma(self, ioasid: int, iova: int, size: int) -> None:
         """UNMAP_DMA: of exactly what one MAP_DMA mapped."""
@@ -66,22 +63,5 @@ class MemoryCommands(Checks):
                 errno.EINVAL,
                 f"{size:#x} bytes at {iova:#x}, where {mapping.size:#x} were mapped: unmap them all at once",
             )
-        self._unmap(space, mapping)
-
-    def _tell_followers(self, space: Space, mapping: Mapping) -> None:
-        """Of a mapping that is there; where one of them has no room, it goes again."""
-        told = 0
-        try:
-            for follower in space.followers:
-                follower.mapped(mapping)
-                told += 1
-        except (CoreError, MemoryError):
-            self._unmap(space, mapping, told)
-            raise
-
-    def _unmap(self, space: Space, mapping: Mapping, told: int | None = None) -> None:
-        """Take a mapping away; of the followers, the first `told` had heard of it."""
-        space.body.unmap(mapping.iova, mapping.size)
+        space.table.unmap(iova, size)
         space.mappings.remove(mapping)
-        for follower in space.followers[:told]:
-            follower.unmapped(mapping)

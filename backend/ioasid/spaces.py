@@ -5,54 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from backend.core import Access, Core
+from backend.core import Core
 
 from .formats import PgtableFormat
 from .kinds import Kind
-from .mappings import Mapping, Mappings
+from .mappings import Mappings
+from .merged import HostTable
 
 if TYPE_CHECKING:
     from .context import Context
 
 
 class Body(Protocol):
-    """What stands behind an IOASID in the core; `backend.ioasid.bodies` makes one for each kind.
-
-    `map` and `unmap` are called for kinds on which MAP_DMA is legal alone, ranges checked against what is mapped.
-    """
-
-    def map(self, iova: int, vaddr: int, size: int, access: Access) -> None:
-        """Let [iova, iova + size) stand for vaddr. A CoreError is answered by an errno, nothing being mapped then."""
-
-    def unmap(self, iova: int, size: int) -> None:
-        """Take away what one `map` mapped; nothing uses it once this returned."""
+    """What stands behind an IOASID in the core; `backend.ioasid.bodies` makes one for each kind."""
 
     def close(self) -> None:
         """Give up the space in the core."""
 
 
-class Follower(Protocol):
-    """Who keeps up with the mappings of an IOASID (`Space.followers`)."""
-
-    def mapped(self, mapping: Mapping) -> None:
-        """A mapping is there. A CoreError undoes it: then this follower has changed nothing."""
-
-    def unmapped(self, mapping: Mapping) -> None:
-        """A mapping is gone, and nothing may use it through the follower once this returned."""
-
-
 @dataclass(slots=True)
 class CoreBody:
-    """A space of the core: a table of ours, or the place for a guest's."""
+    """A space of the core into which nobody maps."""
 
     core: Core
     core_id: int
-
-    def map(self, iova: int, vaddr: int, size: int, access: Access) -> None:
-        self.core.map(self.core_id, iova, vaddr, size, access)
-
-    def unmap(self, iova: int, size: int) -> None:
-        self.core.unmap(self.core_id, iova, size)
 
     def close(self) -> None:
         self.core.destroy_space(self.core_id)
@@ -75,5 +51,14 @@ class Space:
     bound_root: int | None = None
     """GPA of the guest's root table, None while no table is bound."""
     mappings: Mappings = field(default_factory=Mappings)
-    followers: list[Follower] = field(default_factory=list)
-    """In the order in which they are told."""
+
+    @property
+    def depth(self) -> int:
+        """1 for a root, one more than its parent's otherwise."""
+        return 1 if self.parent is None else self.parent.depth + 1
+
+    @property
+    def table(self) -> HostTable:
+        """Of a host-managed one: the table that stands behind it."""
+        assert isinstance(self.body, HostTable)
+        return self.body

@@ -44,8 +44,8 @@ class Backend:
         self._libvfio_user = libvfio_user
         self.engine = Engine()
         self.context = self.engine.open()
-        self.stage2 = self.context.alloc(Kind.KERNEL)
-        self.memory = VmMemory(self.context, self.stage2)
+        self.stage2 = self.context.alloc(Kind.VM)
+        self.memory = VmMemory(self.engine.vm_memory, self.context.get_info(self.stage2).address_width or 0)
         self.iommu = AmdIommu(self.context, self.stage2, [f.rid for f in machine.endpoints], name=machine.iommu.name)
         self.controllers = {f.name: NvmeController(namespaces[f.name], name=f.name) for f in machine.endpoints}
         self._unshared = asyncio.Event()
