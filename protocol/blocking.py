@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import time
@@ -17,6 +18,7 @@ from .caller import Caller, answer, nobody_serves
 from .errors import RpcError
 from .limits import DEFAULT, Limits
 from .messages import Notification, Response
+from .sockets import RETRY_SECONDS, try_connect
 
 WINDOW = 512
 """Requests of call_many() under way at once: enough that neither side waits for the other."""
@@ -35,12 +37,15 @@ class BlockingClient:
         self._replies: dict[int, Response] = {}
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.settimeout(timeout)
-            self._socket.connect(str(path))
+            self._socket.setblocking(False)
+            deadline = self._deadline()
+            while not try_connect(self._socket, Path(path)):
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(errno.ETIMEDOUT, "too many others wait for it")
+                time.sleep(RETRY_SECONDS)
         except OSError as error:
             self._socket.close()
             raise nobody_serves(Path(path), error) from error
-        self._socket.setblocking(False)
         self._poll = select.poll()
 
     @property

@@ -14,6 +14,7 @@ from .caller import Caller, answer, nobody_serves
 from .errors import Disconnected, Malformed
 from .limits import DEFAULT, Limits
 from .messages import Notification, Response
+from .sockets import RETRY_SECONDS, try_connect
 
 
 class Client:
@@ -40,7 +41,9 @@ class Client:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.setblocking(False)
         try:
-            await asyncio.get_running_loop().sock_connect(connection, str(path))
+            # not the loop's: for a Unix socket "would block" means a full queue, which nothing announces the end of
+            while not try_connect(connection, path):
+                await asyncio.sleep(RETRY_SECONDS)
         except OSError as error:
             connection.close()
             raise nobody_serves(path, error) from error

@@ -165,9 +165,6 @@ class Connection:
             return
         if descriptors or truncated:
             self._arrived.append((self._decoder.received + len(data) - 1, list(descriptors), truncated))
-            if sum(len(each[1]) for each in self._arrived) > self._limits.descriptors * 8:
-                self.close(errno.E2BIG, "too many file descriptors: send those of a request along with it")
-                return
         if not data:  # it ended its side; what it asked for has been served, what it waits for has not
             self._finish()
             return
@@ -187,6 +184,10 @@ class Connection:
                 self.close(error.errno, error.sentence)
                 return
             if message is None:
+                if self._arrived and sum(len(each[1]) for each in self._arrived) > self._limits.descriptors:
+                    most = self._limits.descriptors
+                    self.close(errno.E2BIG, f"a message that is not whole has more than {most} descriptors already")
+                    return
                 self._flush()
                 self._read_more()
                 return

@@ -70,12 +70,13 @@ class Server:
         self._listener: socket.socket | None = None
         self._identity: tuple[int, int] | None = None
         self._pause: asyncio.TimerHandle | None = None
+        self._paused = False
         self._all_gone = asyncio.Event()
 
     async def start(self) -> None:
         """Listen. Raises SocketRefused for a bad path."""
         allow_descriptors(self.limits.connections + SPARE_DESCRIPTORS)
-        self._listener = listen(self.path)
+        self._listener = listen(self.path, backlog=self.limits.connections)
         status = os.stat(self.path)
         self._identity = status.st_dev, status.st_ino
         asyncio.get_running_loop().add_reader(self._listener, self._accept)
@@ -136,10 +137,13 @@ class Server:
                 return
             except OSError as error:
                 # Still readable, so the loop would spin on it: look again when something may have been closed.
-                self.log.error("cannot accept a client: %s", error.strerror)
+                if not self._paused:
+                    self.log.error("cannot accept clients for now: %s", error.strerror)
+                self._paused = True
                 loop.remove_reader(self._listener)
                 self._pause = loop.call_later(ACCEPT_PAUSE_SECONDS, loop.add_reader, self._listener, self._accept)
                 return
+            self._paused = False
             connection = Connection(self, accepted, loop)
             self.connections.add(connection)
             try:

@@ -17,8 +17,8 @@ from pathlib import Path
 from .errors import SocketRefused
 from .limits import SOCKET_PATH_MAX
 
-BACKLOG = 128
-"""Connections that the system keeps until they are accepted: Linux's own bound for long (net.core.somaxconn)."""
+RETRY_SECONDS = 0.01
+"""Between attempts to connect to a server whose queue of connections is full."""
 
 SENT_AT_ONCE = 253
 """Descriptors that the system lets one message carry (SCM_MAX_FD); all are received, so that all can be closed."""
@@ -87,7 +87,7 @@ def close_all(descriptors: Iterable[int]) -> None:
             os.close(descriptor)
 
 
-def listen(path: Path) -> socket.socket:
+def listen(path: Path, *, backlog: int) -> socket.socket:
     """A non-blocking listening socket at `path`, mode 0600; its folder is made with mode 0700 where there is none.
 
     A dead server's socket file is replaced. Raises SocketRefused.
@@ -104,7 +104,7 @@ def listen(path: Path) -> socket.socket:
         listener.setblocking(False)
         os.fchmod(listener.fileno(), 0o600)  # bind() makes the file with the socket's own mode: it never is wider
         listener.bind(raw)
-        listener.listen(BACKLOG)
+        listener.listen(backlog)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
@@ -114,6 +114,15 @@ def listen(path: Path) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def try_connect(connection: socket.socket, path: Path) -> bool:
+    """Connect a non-blocking socket; False while the server's queue is full. Raises OSError."""
+    try:
+        connection.connect(os.fsencode(path))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_dead(path: Path) -> None:
@@ -129,11 +138,9 @@ def _is_alive(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
-            probe.connect(os.fsencode(path))
+            try_connect(probe, path)
         except ConnectionRefusedError:
             return False
-        except BlockingIOError:  # alive, with its queue full
-            return True
     return True
 
 
