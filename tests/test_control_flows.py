@@ -1,7 +1,7 @@
 """The flows of section 5 of the RFC, with its numbers, through the RPC of another process.
 
-GPA [0, 1G) stands at HVA 0x40000000; the guest maps GIOVA 0x2000 to GPA 0x1000. So what a device finds at 0x2000 lies at
-HVA 0x40001000.
+GPA [0, 1G) stands at HVA 0x40000000; the guest maps GIOVA 0x2000 to GPA 0x1000. So what a device finds at 0x2000 lies
+at HVA 0x40001000.
 """
 
 from __future__ import annotations

@@ -187,9 +187,10 @@ def test_a_thousand_connections_each_with_objects(served: Served) -> None:
     try:
         with served.client() as watcher:
             before = counts(watcher)
-            clients = [served.client() for _ in range(1000)]
+            clients: list[BlockingClient] = []
             try:
-                for client in clients:
+                for _ in range(1000):
+                    clients.append(client := served.client())
                     assert client.call("ioasid.alloc") == 1
                     assert client.call("ioasid.create_nesting", parent=1) == 2
                 clients[0].call("vfio.bind_ioasid_fd", rid=FIRST)

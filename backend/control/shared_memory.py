@@ -18,6 +18,9 @@ the 65,530 mappings that Linux gives a process (vm.max_map_count)."""
 MAX_PLACES = 1024
 """Ranges that one client ever shared and that some IOASID may still map: their addresses stay taken until it goes."""
 
+MAX_SIZE = 1 << 42
+"""Bytes of them all: 4 TiB of addresses, so that no client takes all of the server's 128."""
+
 USER_END = 1 << 47
 LEAVES = (1 << 30, 1 << 21)
 """Bytes of the large leaves that page tables have: worth aligning memory to."""
@@ -123,6 +126,8 @@ class SharedMemory:
             raise IoasidError(errno.EEXIST, f"{where} overlaps [{other.vaddr:#x}, {other.end:#x}): unshare that first")
         if len(self._shares) >= MAX_SHARES:
             raise IoasidError(errno.ENOSPC, f"{where}: {MAX_SHARES} ranges are shared: use fewer, larger ones")
+        if sum(each for _, each in self._places) + size > MAX_SIZE:
+            raise IoasidError(errno.ENOSPC, f"{where}: more than {MAX_SIZE:#x} bytes in all: share less")
         if len(self._places) >= MAX_PLACES:
             raise IoasidError(errno.ENOSPC, f"{where}: {MAX_PLACES} ranges were shared: connect again")
 
