@@ -274,7 +274,7 @@ int vio_space_table_get(vio_engine *engine, uint32_t ioasid, vio_table *out)
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
-        status = space->walk ? VIO_OK : VIO_ERR_KIND;
+        status = space->walk && !space->process ? VIO_OK : VIO_ERR_KIND;
     if (!status)
         *out = space->table.table;
     engine_change_end(engine);

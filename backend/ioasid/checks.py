@@ -75,10 +75,9 @@ class Checks:
     def _format(self, command: Command, kind: Kind, fmt: PgtableFormat) -> FormatRule:
         """The rule of a format that is on offer for a kind."""
         rule = FORMATS.get(fmt.vendor)
-        if kind == Kind.VM:  # a table that the host builds
-            kind = Kind.KERNEL
-        if rule is None or kind not in rule.kinds:
-            offered = ", ".join(each.vendor for each in FORMATS.values() if kind in each.kinds)
+        builder = Kind.KERNEL if kind == Kind.VM else kind  # both are tables that the host builds
+        if rule is None or builder not in rule.kinds:
+            offered = ", ".join(each.vendor for each in FORMATS.values() if builder in each.kinds)
             raise command.refuse(
                 errno.EOPNOTSUPP, f"format {fmt.vendor!r} is not offered for kind {kind}: use one of {offered}"
             )

@@ -62,6 +62,8 @@ def open_process(pid: int) -> Process:
         pidfd = os.pidfd_open(pid)
     except OSError as error:
         raise _refusal(pid, error) from error
+    except OverflowError as error:  # wider than any pid
+        raise _refusal(pid, OSError(errno.ESRCH, "")) from error
     try:
         pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
