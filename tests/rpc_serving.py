@@ -73,6 +73,11 @@ def notify(session: OneSession, fields: dict[str, Any]) -> None:
         session.connection.notify("tick", {"number": number, "data": bytes(fields.get("size", 0))})
 
 
+def tell(session: OneSession, fields: dict[str, Any]) -> None:
+    """Sends the notification `method` with `params`."""
+    session.connection.notify(fields["method"], *fields["params"])
+
+
 def blob(session: OneSession, fields: dict[str, Any]) -> bytes:
     """`size` bytes."""
     return bytes(fields["size"])
@@ -103,6 +108,7 @@ METHODS: dict[str, Method] = {
     "read_files": read_files,
     "read_files_later": read_files_later,
     "refuse": refuse,
+    "tell": tell,
 }
 
 
