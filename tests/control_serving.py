@@ -31,7 +31,7 @@ class Served:
     """A server process, ready."""
 
     path: Path
-    pid: int
+    process: subprocess.Popen[str]
     endpoints: list[int]
 
     def client(self) -> BlockingClient:
@@ -49,9 +49,10 @@ def serving(path: Path, *, endpoints: int = 4) -> Iterator[Served]:
         assert line, process.communicate()[1]
         ready = json.loads(line)
         assert ready["ready"] is True
-        yield Served(Path(ready["socket"]), process.pid, [each["rid"] for each in ready["endpoints"]])
+        yield Served(Path(ready["socket"]), process, [each["rid"] for each in ready["endpoints"]])
     finally:
-        process.terminate()
+        if process.poll() is None:
+            process.terminate()
         out, err = process.communicate(timeout=SECONDS)
     assert (process.returncode, out, err) == (0, "", "")
     assert not path.exists()
