@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backend.ioasid import Engine
+from backend.ioasid import BEHIND_X86, Engine
 
 from .control import Control
 
@@ -26,7 +26,7 @@ class EngineAlone:
         self.engine = Engine()
         self.endpoints = {FIRST_RID + 8 * index: f"sw{index}" for index in range(endpoints)}
         for rid, name in self.endpoints.items():
-            self.engine.add_device(rid, name)
+            self.engine.add_device(rid, name, BEHIND_X86)
         self.control = Control(self.engine, path, facts=self._facts, endpoints=self.endpoints.keys())
 
     def _facts(self) -> Mapping[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from heapq import heappop, heappush
+from typing import overload
 
-from . import commands as cmd
+from . import rows_spaces as cmd
 from .bodies import MAKERS, Request
 from .checks import within_limits
 from .command import Command
-from .formats import PgtableFormat
-from .info import Info, describe
+from .extensions import extensions
+from .formats import PAGE_SIZE, PgtableFormat
+from .info import DeviceInfo, Info, describe, describe_device
 from .kinds import Kind
 from .limits import MAX_CHILDREN, MAX_DEPTH, MAX_IOASIDS
 from .spaces import Space
@@ -23,39 +26,82 @@ NESTED = frozenset({Kind.USER, Kind.KERNEL})
 class AllocationCommands(TableCommands):
     """Commands on the IOASID itself."""
 
+    def check_extension(self, extension: str) -> int:
+        """CHECK_EXTENSION: 1 or 0. Names are those of commands, kinds, formats (format:x86), PASID tables
+        (pasid-table:amd-gcr3) and of EXTENSIONS."""
+        self._enter(cmd.CHECK_EXTENSION, extension=extension)
+        return int(extension.lower() in extensions())
+
     def alloc(
         self,
         kind: Kind = Kind.KERNEL,
         *,
         vendor: str = "amd-v1",
-        levels: int = 4,
+        levels: int = 0,
         accessed: bool = False,
         dirty: bool = False,
+        address_width: int = 0,
+        granule: int = 0,
+        output_width: int = 0,
+        upper_root: int | None = None,
+        upper_address_width: int = 0,
+        options: Sequence[str] = (),
         parent: int | None = None,
         root: int | None = None,
         pid: int | None = None,
+        enforce_snoop: bool = False,
     ) -> int:
         """ALLOC: an IOASID of this kind, with a table of this format; answers with its number.
 
-        parent: for `user`, and for `kernel` that is to be nested by the host. root: for `user`, GPA of the table to
-        bind at once. pid: for `sva`, whose address space it is.
+        vendor and what follows: see PgtableFormat. parent: for `user`, and for `kernel`
+        that is to be nested by the host. root: for `user`, GPA of the table to bind at once. pid: for `sva`, whose
+        address space it is.
         """
         command = cmd.ALLOC
-        fmt = PgtableFormat(vendor, levels, accessed, dirty)
-        self._enter(
-            command,
-            kind=kind,
-            vendor=vendor,
-            levels=levels,
-            accessed=accessed,
-            dirty=dirty,
-            parent=parent,
-            root=root,
-            pid=pid,
-        )
+        asked = {
+            "levels": levels,
+            "accessed": accessed,
+            "dirty": dirty,
+            "address_width": address_width,
+            "granule": granule,
+            "output_width": output_width,
+            "upper_root": upper_root,
+            "upper_address_width": upper_address_width,
+            "options": options,
+        }
+        given = {"kind": kind, "parent": parent, "root": root, "pid": pid, "enforce_snoop": enforce_snoop}
+        self._enter(command, vendor=vendor, **asked, **given)
         if kind not in list(Kind):
             raise command.refuse(errno.EOPNOTSUPP, f"no kind {kind!r}: ask for one of {', '.join(Kind)}")
         kind = Kind(kind)
+        fmt = PgtableFormat(
+            vendor, levels, accessed, dirty, address_width, granule, output_width, upper_root,
+            upper_address_width, tuple(options),
+        )  # fmt: skip
+        self._refuse_mismatch(command, kind, parent, root, pid)
+        above = self._parent(command, parent) if parent is not None else None
+        if kind == Kind.USER and root is None:
+            assert above is not None
+            if vendor != "amd-v1" or any(asked.values()):
+                raise command.refuse(errno.EINVAL, "a format without root: give both, or BIND_PGTABLE later")
+            fmt = above.format
+        elif kind != Kind.SVA:  # whose table is that of the process
+            fmt = self._format(command, kind, fmt)
+            if kind != Kind.USER:
+                self._refuse_guests_options(command, fmt)
+        ioasid = self._new_space(command, kind, fmt, above, pid=pid, enforce_snoop=enforce_snoop)
+        if root is not None:
+            space = self._spaces[ioasid]
+            try:
+                self._bind(command, space, root, fmt)
+            except BaseException:
+                self._drop(space)
+                raise
+        return ioasid
+
+    def _refuse_mismatch(
+        self, command: Command, kind: Kind, parent: int | None, root: int | None, pid: int | None
+    ) -> None:
         if kind == Kind.USER and parent is None:
             raise command.refuse(
                 errno.EINVAL, "a user-managed table on a root isolates nothing: name a parent, or use CREATE_NESTING"
@@ -66,21 +112,12 @@ class AllocationCommands(TableCommands):
             raise command.refuse(errno.EINVAL, f"an IOASID of kind {kind} stands beneath no other: leave parent out")
         if (pid is not None) != (kind == Kind.SVA):
             raise command.refuse(errno.EINVAL, "a process goes with kind sva, and with no other: see pid")
-        above = self._parent(command, parent) if parent is not None else None
-        if kind == Kind.USER and root is None:
-            assert above is not None
-            fmt = above.format
-        elif kind != Kind.SVA:  # whose table is that of the process
-            self._format(command, kind, fmt)
-        ioasid = self._new_space(command, kind, fmt, above, pid)
-        if root is not None:
-            space = self._spaces[ioasid]
-            try:
-                self._bind(command, space, root, fmt)
-            except BaseException:
-                self._drop(space)
-                raise
-        return ioasid
+
+    def _refuse_guests_options(self, command: Command, fmt: PgtableFormat) -> None:
+        if fmt.options or fmt.accessed or fmt.output_width or fmt.upper_root is not None:
+            raise command.refuse(
+                errno.EINVAL, "options, accessed, output_width and upper_root are of a guest's table: leave them out"
+            )
 
     def create_nesting(self, parent: int, kind: Kind = Kind.USER) -> int:
         """CREATE_NESTING: a child. Guest-managed: DMA through it faults until BIND_PGTABLE. Host-managed (`kernel`):
@@ -90,7 +127,7 @@ class AllocationCommands(TableCommands):
         above = self._parent(command, parent)
         if kind not in NESTED:
             raise command.refuse(errno.EOPNOTSUPP, f"no nesting of kind {kind!r}: ask for user or kernel")
-        return self._new_space(command, Kind(kind), above.format, above, None)
+        return self._new_space(command, Kind(kind), above.format, above)
 
     def free(self, ioasid: int) -> None:
         """FREE: of an IOASID without children and attached devices."""
@@ -103,9 +140,19 @@ class AllocationCommands(TableCommands):
             )
         self._drop(space)
 
-    def get_info(self, ioasid: int) -> Info:
-        """GET_INFO."""
-        return describe(self._space(cmd.GET_INFO, ioasid, ioasid=ioasid), self._core)
+    @overload
+    def get_info(self, ioasid: int) -> Info: ...
+    @overload
+    def get_info(self, ioasid: None = None, *, rid: int) -> DeviceInfo: ...
+    def get_info(self, ioasid: int | None = None, rid: int | None = None) -> Info | DeviceInfo:
+        """GET_INFO: of an IOASID, or of a device that is bound to this context."""
+        command = cmd.GET_INFO
+        self._enter(command, ioasid=ioasid, rid=rid)
+        if ioasid is not None and rid is None:
+            return describe(self._space(command, ioasid), self._core)
+        if rid is not None and ioasid is None:
+            return describe_device(self._bound(command, rid))
+        raise command.refuse(errno.EINVAL, "name an IOASID or a device (rid), and not both")
 
     def _parent(self, command: Command, parent: int) -> Space:
         """A host-managed IOASID with room for one more child."""
@@ -121,21 +168,35 @@ class AllocationCommands(TableCommands):
         return above
 
     def _new_space(
-        self, command: Command, kind: Kind, fmt: PgtableFormat, parent: Space | None, pid: int | None
+        self,
+        command: Command,
+        kind: Kind,
+        fmt: PgtableFormat,
+        parent: Space | None,
+        *,
+        pid: int | None = None,
+        enforce_snoop: bool = False,
     ) -> int:
         if len(self._spaces) >= MAX_IOASIDS:
             raise command.refuse(errno.ENOSPC, f"the context has {MAX_IOASIDS} IOASIDs: free one first")
         make = MAKERS.get(kind)
         if make is None:
             raise command.refuse(errno.EOPNOTSUPP, f"kind {kind} is not to be had")
+        if (kind == Kind.VM and fmt.granule > PAGE_SIZE) or (
+            kind == Kind.KERNEL and parent is not None and fmt.granule > parent.format.granule
+        ):
+            raise command.refuse(
+                errno.EINVAL, f"pages of {fmt.granule} bytes are larger than the memory's they stand for: use smaller"
+            )
         core_id = self.engine.new_core_id()
         with within_limits(command):
             body = make(Request(command, self.engine, core_id, fmt, parent, pid))
         ioasid = heappop(self._free) if self._free else len(self._spaces) + 1
         space = Space(self._self, ioasid, core_id, kind, fmt, body, parent)
+        space.enforce_snoop = enforce_snoop or (parent is not None and parent.enforce_snoop)
         self._spaces[ioasid] = space
         if parent is not None:
-            parent.children += 1
+            parent.below.add(space)
         self.engine.enter(space)
         return ioasid
 
@@ -146,4 +207,4 @@ class AllocationCommands(TableCommands):
         del self._spaces[space.ioasid]
         heappush(self._free, space.ioasid)
         if space.parent is not None:
-            space.parent.children -= 1
+            space.parent.below.remove(space)

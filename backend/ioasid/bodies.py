@@ -52,7 +52,7 @@ def vm(request: Request) -> Body:
     memory = request.engine.vm_memory
     table = _table(request, None, memory.leave)
     try:
-        memory.follow(table, FORMATS[request.format.vendor].address_width(request.format.levels))
+        memory.follow(table, FORMATS[request.format.vendor].address_width(request.format, host=True))
     except BaseException:
         request.core.destroy_space(request.core_id)
         raise
@@ -61,7 +61,7 @@ def vm(request: Request) -> Body:
 
 def _table(request: Request, above: HostTable | None, leave: Callable[[HostTable], None] | None = None) -> HostTable:
     fmt = request.format
-    request.core.create_host_space(request.core_id, fmt=fmt.vendor, levels=fmt.levels)
+    request.core.create_host_space(request.core_id, fmt=FORMATS[fmt.vendor].table(fmt))
     return HostTable(
         request.core,
         request.core_id,

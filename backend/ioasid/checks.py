@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, cast
 
-from backend.core import LimitError, NoMemoryError
+from backend.core import BadValueError, KindError, LimitError, NoMemoryError
 
 from .command import Command
 from .device import Device
-from .formats import FORMATS, FormatRule, PgtableFormat
+from .fault_queue import FaultQueue
+from .formats import FORMATS, PgtableFormat
 from .kinds import Kind
+from .pasid_formats import PasidTableFormat
+from .pinned_memory import PinnedMemory
 from .spaces import Space
 from .user_memory import OwnMemory, UserMemory
 
@@ -24,9 +28,14 @@ if TYPE_CHECKING:
 class Checks:
     """What a context owns, and the refusals that all groups of commands share."""
 
-    def __init__(self, engine: Engine, memory: UserMemory | None = None) -> None:
+    def __init__(self, engine: Engine, memory: UserMemory | None = None, vm: object = None) -> None:
         self.engine = engine
         self.memory = memory if memory is not None else OwnMemory()
+        self.vm = vm if vm is not None else self
+        """Contexts of one VM share it: its PASIDs are the same in all."""
+        self.pinned = PinnedMemory()
+        """What is accounted; its `limit` can be set."""
+        self.faults = FaultQueue(engine.clock, engine.page_timeout)
         self._core = engine.core
         self._spaces: dict[int, Space] = {}
         self._free: list[int] = []
@@ -60,7 +69,9 @@ class Checks:
         return space
 
     def _device(self, command: Command, rid: int, /, **fields: object) -> Device:
-        self._enter(command, **fields)
+        """The device. Fields, where given, are checked first."""
+        if fields:
+            self._enter(command, **fields)
         device = self.engine.devices.get(rid)
         if device is None:
             raise command.refuse(errno.ENODEV, f"no device has RID {rid:#06x}: use one that the engine knows")
@@ -72,21 +83,25 @@ class Checks:
             raise command.refuse(errno.EINVAL, f"{device} is not bound to this context: BIND_IOASID_FD first")
         return device
 
-    def _format(self, command: Command, kind: Kind, fmt: PgtableFormat) -> FormatRule:
-        """The rule of a format that is on offer for a kind."""
+    def _format(self, command: Command, kind: Kind, fmt: PgtableFormat) -> PgtableFormat:
+        """The format with all its numbers, if it is on offer for the kind."""
         rule = FORMATS.get(fmt.vendor)
-        builder = Kind.KERNEL if kind == Kind.VM else kind  # both are tables that the host builds
-        if rule is None or builder not in rule.kinds:
-            offered = ", ".join(each.vendor for each in FORMATS.values() if builder in each.kinds)
+        if rule is None or kind not in rule.kinds:
+            offered = ", ".join(each.vendor for each in FORMATS.values() if kind in each.kinds)
             raise command.refuse(
                 errno.EOPNOTSUPP, f"format {fmt.vendor!r} is not offered for kind {kind}: use one of {offered}"
             )
-        if fmt.levels not in rule.levels:
-            raise command.refuse(
-                errno.EOPNOTSUPP,
-                f"{fmt.vendor} with {fmt.levels} levels is not offered: use {rule.levels[0]} to {rule.levels[-1]}",
-            )
-        return rule
+        if fmt.dirty and not fmt.accessed:
+            raise command.refuse(errno.EINVAL, "dirty bits are kept only together with accessed bits: ask for both")
+        try:
+            return rule.complete(fmt)
+        except ValueError as error:
+            raise command.refuse(errno.EOPNOTSUPP, f"{error}; see GET_INFO for what is offered") from error
+
+
+def format_fields(fmt: PgtableFormat | PasidTableFormat) -> dict[str, object]:
+    """The fields of a format, by name, as Command.check takes them."""
+    return {each.name: getattr(fmt, each.name) for each in fields(fmt)}
 
 
 @contextmanager
@@ -100,3 +115,5 @@ def within_limits(command: Command) -> Iterator[None]:
         ) from error
     except (NoMemoryError, MemoryError) as error:
         raise command.refuse(errno.ENOMEM, "the host has no memory for it: free something first") from error
+    except (BadValueError, KindError) as error:
+        raise command.refuse(errno.EINVAL, f"no table can be so: {error}") from error

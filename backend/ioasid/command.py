@@ -11,7 +11,7 @@ from backend.core import RW, Access
 from .errors import IoasidError
 from .formats import PAGE_SIZE
 from .kinds import Kind
-from .limits import MAX_PASID, MAX_RID
+from .limits import MAX_ENTRIES, MAX_GROUP, MAX_NAMES, MAX_PASID, MAX_RID
 
 COMMON_ERRORS = MappingProxyType({errno.EBADF: "the context was closed"})
 """What any command can answer."""
@@ -43,6 +43,12 @@ def _name(value: object) -> str | None:
     return None if isinstance(value, str) and value else "is no name"
 
 
+def _names(value: object) -> str | None:
+    if not isinstance(value, tuple | list | frozenset) or len(value) > MAX_NAMES:
+        return f"is no list of at most {MAX_NAMES} names"
+    return next((f"holds {each!r}, which is no name" for each in value if _name(each)), None)
+
+
 class Unit(Enum):
     """What a field holds: its description, and a check that answers with what is wrong or None."""
 
@@ -56,9 +62,23 @@ class Unit(Enum):
     )
     LENGTH = ("bytes, a multiple of 4096, may be 0", lambda v: _pages(v, U64_END + 1))
     COUNT = ("number", lambda v: _number(v, U32_END))
+    COUNT64 = ("bytes, 64 bits", lambda v: _number(v, U64_END))
     COOKIE = ("64 bits chosen by the user", lambda v: _number(v, U64_END))
     ACCESS = ("READ, WRITE or both", _access)
     NAME = ("name", _name)
+    NAMES = ("list of names", _names)
+    PID = ("process number", lambda v: _number(v, U32_END))
+    BITS = ("bits, up to 64", lambda v: _number(v, 65))
+    BYTES = ("bytes", lambda v: _number(v, U32_END))
+    GROUP = ("page request group index, 9 bits", lambda v: _number(v, MAX_GROUP + 1))
+    ENTRIES = (
+        "list of records",
+        lambda v: (
+            None
+            if isinstance(v, tuple | list) and len(v) <= MAX_ENTRIES
+            else f"is no list of at most {MAX_ENTRIES} records"
+        ),
+    )
     FLAG = ("yes or no", lambda v: None if isinstance(v, bool) else "is neither yes nor no")
 
     def __init__(self, text: str, check: Callable[[object], str | None]) -> None:
@@ -73,12 +93,14 @@ class Field:
     name: str
     unit: Unit
     optional: bool = False
+    text: str = ""
+    """What it says, where its name and unit do not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
     """One row. `number`: n of _IO(IOASID_TYPE, IOASID_BASE + n) where v1 has one; `kinds`: of the IOASID that it
-    names."""
+    names; `group`: whose command it is: ioasid, vfio or kvm; `answer`: what it answers with, "" for nothing."""
 
     name: str
     number: int | None
@@ -86,11 +108,13 @@ class Command:
     fields: tuple[Field, ...] = ()
     kinds: frozenset[Kind] = frozenset(Kind)
     errors: Mapping[int, str] = field(default_factory=dict)
+    group: str = "ioasid"
+    answer: str = ""
 
     @property
     def takes_ioasid(self) -> bool:
-        """Whether a field names an IOASID."""
-        return any(each.unit is Unit.IOASID for each in self.fields)
+        """Whether a field names the IOASID that it is about."""
+        return any(each.unit is Unit.IOASID and (each.name == "ioasid" or not each.optional) for each in self.fields)
 
     def refuse(self, code: int, sentence: str) -> IoasidError:
         """The error to raise. An errno that the row does not list is a mistake of ours: KeyError."""

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 from .allocation import AllocationCommands
 from .attachments import AttachmentCommands
+from .invalidation import InvalidationCommands
 from .memory import MemoryCommands
+from .pasids import FaultCommands, PasidCommands
 
 
-class Context(AllocationCommands, MemoryCommands, AttachmentCommands):
+class Context(
+    AllocationCommands, MemoryCommands, InvalidationCommands, AttachmentCommands, PasidCommands, FaultCommands
+):
     """The commands of the uAPI. IOASIDs are numbers local to the context; lowest free first, from 1.
 
     Every command either does all it says or raises IoasidError and changes nothing. Fields, legal kinds and errors

@@ -18,6 +18,8 @@ class Mapping:
     where: int
     """The same for the core: an address of this process; beneath a parent, vaddr."""
     access: Access
+    registered: bool = False
+    """It uses registered memory, and is not counted by itself."""
 
     @property
     def end(self) -> int:

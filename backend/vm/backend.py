@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from backend.control.control import Control
 from backend.core import Fault
 from backend.endpoints.nvme import Namespace, NvmeController
-from backend.ioasid import Engine, Kind
+from backend.ioasid import BEHIND_X86, Engine, Kind
 from backend.pci import DmaRegion, FunctionServer, LibraryError, LibraryMissing, PciFunction, SocketRefused
 from backend.viommu.amd import AmdIommu
 from backend.vm.backing import private_to
@@ -132,7 +132,7 @@ class Backend:
         return [(by_name[config.name], config.rid) for config in self.machine.functions]
 
     def _connect(self, function: PciFunction, rid: int, sockets: Mapping[str, Path]) -> FunctionServer:
-        device = self.engine.add_device(rid, function.name)
+        device = self.engine.add_device(rid, function.name, BEHIND_X86)
         function.rid = rid
         function.connect_dma(device.port)
         self.context.bind_device(rid)
