@@ -35,7 +35,7 @@ class Caller:
         """How many were dropped for want of room, here or at the server."""
         self._limits = limits
         self._encoder = Encoder(limits)
-        self._decoder = Decoder(replace(limits, depth=REPLY_DEPTH))
+        self._decoder = Decoder(replace(limits, depth=REPLY_DEPTH, values=limits.message))
         self._waiting: set[int] = set()
         self._next = 0
         self._unsent: deque[tuple[memoryview, Sequence[int]]] = deque()

@@ -5,7 +5,7 @@ the limits, is built. So the head of an array that promises 2^32 elements costs 
 
 What ends the stream (Malformed): a byte that is no MessagePack, a message beyond the size limit, one nested deeper than
 the parser goes (1,024), and a value that is no message. What is answered (Unusable): a request that is whole and names
-its msgid, but is nested beyond the limit, has text that is no UTF-8, or is otherwise not in order.
+its msgid, but is nested or has values beyond the limit, has text that is no UTF-8, or is otherwise not in order.
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ class Decoder:
             raise Malformed(errno.EMSGSIZE, f"a message is longer than {self._limits.message} bytes: split the work")
 
     def _build(self, packed: bytearray) -> Message:
+        most = self._limits.values
+        if len(packed) > most and has_more_values(packed, most):  # a value takes a byte at least
+            return _unusable(packed, f"the message holds more than {most} values: split the work")
         try:
             value = msgpack.unpackb(packed)
         except (ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError
@@ -95,6 +98,43 @@ class Decoder:
         if not _is_flat(value, self._limits.depth):
             return _unusable(packed, f"the message is nested deeper than {self._limits.depth} arrays and maps")
         return parse(value)
+
+
+def _lengths() -> list[tuple[int, int]]:
+    """By the first byte of a value: its bytes without contents, and how many, after the first, say how long these are.
+
+    The values in an array or a map simply follow it. Source: the MessagePack specification, "Formats".
+    """
+    table = [(1, 0)] * 256  # small integers, arrays and maps; nil, false, true
+    for code in range(0xA0, 0xC0):
+        table[code] = (1 + (code & 31), 0)  # short text
+    for code, width in ((0xC4, 1), (0xC5, 2), (0xC6, 4), (0xD9, 1), (0xDA, 2), (0xDB, 4)):
+        table[code] = (1 + width, width)  # bin, str
+    for code, width in ((0xC7, 1), (0xC8, 2), (0xC9, 4)):
+        table[code] = (2 + width, width)  # ext, with a byte for its type
+    for code, size in ((0xCA, 4), (0xCB, 8), (0xDC, 2), (0xDD, 4), (0xDE, 2), (0xDF, 4)):
+        table[code] = (1 + size, 0)  # float; array and map, whose values follow
+    for power in range(4):
+        table[0xCC + power] = table[0xD0 + power] = (1 + (1 << power), 0)  # uint, int
+    for power in range(5):
+        table[0xD4 + power] = (2 + (1 << power), 0)  # fixext
+    return table
+
+
+_LENGTHS = _lengths()
+
+
+def has_more_values(packed: bytes | bytearray, most: int) -> bool:
+    """Whether a whole message consists of more than `most` values. Builds none, and looks at no more than it must."""
+    position, end = 0, len(packed)
+    for _ in range(most):
+        size, width = _LENGTHS[packed[position]]
+        if width:
+            position += int.from_bytes(packed[position + 1 : position + 1 + width], "big")
+        position += size
+        if position >= end:
+            return False
+    return True
 
 
 def _is_flat(value: object, depth: int) -> bool:

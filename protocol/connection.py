@@ -22,6 +22,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
+from time import monotonic
 from types import CoroutineType
 from typing import Any, Protocol
 
@@ -173,11 +174,10 @@ class Connection:
 
     def _turn(self) -> None:
         """Serve what has arrived, up to a bound."""
-        for _ in range(self._limits.turn):
+        end = monotonic() + self._limits.turn
+        while self._unread <= self._limits.unsent:
             if self.state is not State.OPEN:
                 return
-            if self._unread > self._limits.unsent:
-                break
             try:
                 message = self._decoder.next()
             except Malformed as error:
@@ -192,6 +192,8 @@ class Connection:
                 self._read_more()
                 return
             self._handle(message)
+            if monotonic() >= end:
+                break
         self._stop_reading()  # there may be more at hand
         self._flush()
         if not self._writing:

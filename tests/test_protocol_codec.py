@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import Limits, Malformed, RpcError
-from protocol.codec import SENTENCE_MAX, Decoder, Encoder
+from protocol.codec import SENTENCE_MAX, Decoder, Encoder, has_more_values
 from protocol.messages import Ignored, Message, Notification, Request, Response, Unusable
 
 SMALL = Limits(message=1000, depth=4)
@@ -188,6 +188,28 @@ def test_the_size_limit_is_known_before_the_end() -> None:
         decoder.next()
 
 
+def test_the_limit_of_values_is_exact() -> None:
+    limits = Limits(values=100)
+
+    def of(values: int) -> bytes:  # the message, its kind, msgid, method, params and the text are 6 of them
+        return (
+            b"\x94\x00\x07\xa1m\xdc" + struct.pack(">H", values - 5) + b"\xd9\xff" + b"x" * 255 + b"\xc0" * (values - 6)
+        )
+
+    assert isinstance(decode(of(100), limits)[0], Request)
+    assert isinstance(decode(of(101), limits)[0], Unusable)
+    assert isinstance(decode(of(101), Limits(values=101))[0], Request)
+
+
+def count(value: Any) -> int:
+    """Values within a value, by recursion over what was built."""
+    if isinstance(value, list):
+        return 1 + sum(count(each) for each in value)
+    if isinstance(value, dict):
+        return 1 + sum(count(key) + count(each) for key, each in value.items())
+    return 1
+
+
 @pytest.mark.parametrize("head", [b"\xdd", b"\xdf", b"\xdb", b"\xc6", b"\xc9"])
 def test_a_claim_of_4_gib_costs_what_was_sent(head: bytes) -> None:
     bomb = b"\x94\x00\x07\xa1m" + (head + b"\xff\xff\xff\xfe") * (200 if head in b"\xdd" else 1)
@@ -285,6 +307,19 @@ def test_any_cut_of_a_stream_gives_the_same_messages(sent: list[Message], data: 
     assert received == sent
     assert decoder.received == len(stream)
     assert ends == [sum(len(pack(m)) for m in sent[: count + 1]) for count in range(len(sent))]
+
+
+extensions = st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=20) | st.just(bytes(300)))
+large = st.sampled_from([bytes(300), bytes(70_000), "x" * 300, "x" * 70_000, [0] * 20, [0] * 70_000])
+
+
+@given(st.lists(values | extensions | large, max_size=3))
+def test_values_are_counted_without_being_built(value: list[Any]) -> None:
+    packed = msgpack.packb(value)
+    expected = count(value)
+    assert has_more_values(packed, expected - 1)
+    assert not has_more_values(packed, expected)
+    assert not has_more_values(packed, len(packed))
 
 
 @given(values, msgids)

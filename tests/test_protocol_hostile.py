@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -150,6 +151,20 @@ def test_what_a_message_claims_is_not_allocated(serving: RpcServing) -> None:
     for client in clients:
         client.socket.close()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB; claimed: 10 TB
+
+
+@pytest.mark.parametrize("value", [b"\x80", b"\x90", b"\xd4\x01\x00", b"\x81\xa1a\x80", b"\xa0"])
+def test_a_million_values_stall_nobody(serving: RpcServing, value: bytes) -> None:
+    """To build a MiB of empty arrays takes a second."""
+    count = (1 << 20) // len(value)
+    with RawClient(serving.path) as client:
+        for msgid in range(5):
+            client.socket.sendall(
+                bytes([0x94, 0, msgid]) + b"\xa4echo\x91\xdd" + struct.pack(">I", count) + value * count
+            )
+            assert client.receive()[2][0] == errno.EINVAL
+            count = 16_000 // len(value)  # as many as may be, many times over
+            client.socket.sendall((b"\x93\x02\xa1n\x91\xdd" + struct.pack(">I", count) + value * count) * 40)
 
 
 # -- Clients that do not read ------------------------------------------------------------------------------------------
