@@ -91,7 +91,7 @@ def _measure(path: Path, count: int, window: int) -> float:
                 connection.sendall(batch)
                 _take(connection, replies, 1)
         else:
-            sender = threading.Thread(target=lambda: [connection.sendall(batch) for batch in batches])
+            sender = threading.Thread(target=connection.sendall, args=(b"".join(batches),))
             sender.start()
             _take(connection, replies, count)
             sender.join()
