@@ -28,6 +28,8 @@ class Contexts:
         self._left: dict[Context, ClientMemory] = {}
         self.on_left: Callable[[Session], None] | None = None
         """Called when a connection has gone."""
+        self.on_opened: Callable[[Session, Context], None] | None = None
+        """Called when a connection has opened its context."""
         for context in engine.contexts:
             self.name(context, "vm")
 
@@ -41,6 +43,8 @@ class Contexts:
         self.name(context, f"client of pid {session.pid}")
         self.number(context)
         self._sessions[context] = session
+        if self.on_opened is not None:
+            self.on_opened(session, context)
         return context
 
     def session(self, context: Context) -> Session | None:

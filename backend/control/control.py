@@ -51,10 +51,12 @@ class Control:
             self.contexts.name(context, name)
         self._events = Events(self.contexts)
         self.contexts.on_left = self._events.forget
+        self.contexts.on_opened = self._events.follow
+        self._endpoints = Endpoints(self.contexts, endpoints)
         looks: dict[str, Look] = {
             **Status(self.contexts, facts).methods(),
             **self._events.methods(),
-            **Endpoints(self.contexts, endpoints).methods(),
+            **self._endpoints.methods(),
             "memory.share": share,
             "memory.unshare": unshare,
         }
@@ -80,6 +82,7 @@ class Control:
         """End every connection, and what its client owned."""
         await self._server.close()
         self.contexts.close()
+        self._endpoints.close()
 
 
 def share(session: Session, params: Params) -> dict[str, Any]:

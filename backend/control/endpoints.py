@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from backend.core import Fault
-from backend.ioasid import Device, IoasidError
+from backend.ioasid import PAGE_SIZE, Device, IoasidError, PageResponse
+from backend.ioasid.limits import MAX_GROUP
 
 from .contexts import Contexts
 from .parameters import Params
@@ -19,6 +21,9 @@ MAX_MOVE = 1 << 20
 
 MAX_BULK = 16 << 20
 """Bytes that one dma_fill or dma_copy moves: a few milliseconds, in which nobody else is served."""
+
+EXPIRE_SLACK = 0.001
+"""Seconds after a page request's time at which it is looked at: its clock and the loop's need not agree to the last."""
 
 WIDTHS = {"store": (1, 2, 4, 8), "load": (1, 2, 4, 8), "fetch_add": (4, 8), "swap": (4, 8), "compare_exchange": (4, 8)}
 """Bytes that each may have; the last three are PCI Express AtomicOps."""
@@ -33,6 +38,7 @@ class Endpoints:
         self._contexts = contexts
         self._engine = contexts.engine
         self._rids = frozenset(rids)
+        self._timer: asyncio.TimerHandle | None = None
 
     def methods(self) -> Mapping[str, Callable[[Session, Params], Any]]:
         """By name."""
@@ -49,6 +55,7 @@ class Endpoints:
             "endpoint.fetch_add": self.fetch_add,
             "endpoint.swap": self.swap,
             "endpoint.compare_exchange": self.compare_exchange,
+            "endpoint.page_request": self.page_request,
         }
 
     def list(self, session: Session, params: Params) -> list[Answer]:
@@ -96,7 +103,7 @@ class Endpoints:
         device, iova, pasid = self._request(session, params)
         target = params.number("target", 1 << 64)
         length = params.number("length", MAX_BULK + 1)
-        target_pasid = params.optional("target_pasid", 1 << 20)
+        target_pasid = _physical(device, params.optional("target_pasid", 1 << 20))
         params.end()
         return _done(device.port.copy(iova, target, length, pasid, target_pasid=target_pasid))
 
@@ -140,6 +147,41 @@ class Endpoints:
         params.end()
         return _read("value", device.port.compare_exchange(iova, compare, value, width, pasid))
 
+    async def page_request(self, session: Session, params: Params) -> Answer:
+        """Ask for the page at `iova` (PRI) as one of page request group `group`, and if it is the `last` one of it,
+        wait for the answer: `code` is success, invalid or failure; None where others of the group are to come."""
+        device, iova, pasid = self._request(session, params)
+        access = params.access("access")
+        group = params.number("group", MAX_GROUP + 1)
+        last = params.flag("last", default=True)
+        params.end()
+        answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def answer(response: PageResponse) -> None:
+            if not answered.done():
+                answered.set_result(str(response.code))
+
+        device.page_request(pasid, iova - iova % PAGE_SIZE, access, group=group, last=last, answer=answer)
+        self._expire()
+        if not last and not answered.done():
+            return {"code": None}
+        return {"code": await answered}
+
+    def _expire(self) -> None:
+        """Give up on page requests that nobody answers, now and when the next one is due."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self._engine.expire()
+        if due is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, due - self._engine.clock()) + EXPIRE_SLACK, self._expire)
+
+    def close(self) -> None:
+        """Nothing is waited for any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
     def _device(self, params: Params) -> Device:
         rid = params.number("rid", 1 << 16)
         if rid not in self._rids:
@@ -156,7 +198,7 @@ class Endpoints:
                 errno.EPERM,
                 f"{params.method}: {device} is bound to another connection's context: endpoint.hold it first",
             )
-        return device, params.number("iova", 1 << 64), params.optional("pasid", 1 << 20)
+        return device, params.number("iova", 1 << 64), _physical(device, params.optional("pasid", 1 << 20))
 
     def _described(self, device: Device, session: Session) -> Answer:
         context = device.context
@@ -168,6 +210,14 @@ class Endpoints:
             "cookie": device.cookie,
             "held": self._contexts.holders(device),
         }
+
+
+def _physical(device: Device, pasid: int | None) -> int | None:
+    """The PASID that the device's requests carry, for one that its user knows."""
+    if pasid is None:
+        return None
+    found = device.physical(pasid)
+    return pasid if found is None else found
 
 
 def _done(fault: Fault | None) -> Answer:

@@ -16,7 +16,11 @@ from .session import Session
 from .wire import plain
 
 EVENTS = ("fault", *What)
-TOPICS = tuple(f"{group}.{event}" for group in ("ioasid", "vm") for event in EVENTS)
+CHANGES = tuple(f".{change}" for change in What)
+READY = "ioasid.ready"
+"""READ_FAULTS has something to read: what an eventfd is to /dev/ioasid."""
+OWN_TOPICS = (*(f"ioasid.{event}" for event in EVENTS), READY)
+TOPICS = (*OWN_TOPICS, *(f"vm.{event}" for event in EVENTS))
 """What can be subscribed to: "ioasid.*" is of the connection's own context, "vm.*" of all."""
 
 FAULTS_KEPT = 1024
@@ -44,7 +48,7 @@ class Events:
     def subscribe(self, session: Session, params: Params) -> list[str]:
         """Notify this connection of `topics` too (all that begin with "ioasid.", if none are named); answers with all
         that it has."""
-        topics = params.words("topics", TOPICS, default=TOPICS[: len(EVENTS)])
+        topics = params.words("topics", TOPICS, default=OWN_TOPICS)
         params.end()
         for topic in topics:
             self._subscribers[topic].add(session)
@@ -58,6 +62,15 @@ class Events:
         for topic in topics:
             self._subscribers[topic].discard(session)
         self._watch()
+
+    def follow(self, session: Session, context: Context) -> None:
+        """A context was opened: its fault queue tells when there is something to read."""
+
+        def ready() -> None:
+            if session in self._subscribers[READY]:
+                session.connection.notify(READY, {"unread": context.faults.unread})
+
+        context.faults.ready = ready
 
     def forget(self, session: Session) -> None:
         """The connection is gone."""
@@ -78,7 +91,7 @@ class Events:
 
     def _watch(self) -> None:
         """Have changes described while somebody wants them: a guest's invalidations need not pay for nobody."""
-        wanted = any(sessions for topic, sessions in self._subscribers.items() if not topic.endswith(".fault"))
+        wanted = any(sessions for topic, sessions in self._subscribers.items() if topic.endswith(CHANGES))
         if wanted and self._unwatch is None:
             self._unwatch = self._contexts.engine.on_change(self._changed)
         elif not wanted and self._unwatch is not None:

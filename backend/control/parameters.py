@@ -6,9 +6,10 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from backend.core import RW, Access
 from backend.ioasid import IoasidError
 
-from .wire import text
+from .wire import access_from, text
 
 _REQUIRED = -1
 
@@ -43,6 +44,21 @@ class Params:
         if type(value) is not int or value not in values:
             raise self.refuse(f"{name} must be one of {', '.join(map(str, values))}, and is {_shown(value)}")
         return value
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """Yes or no."""
+        value = self._given.pop(name, default)
+        if not isinstance(value, bool):
+            raise self.refuse(f"{name} must be true or false, and is {_shown(value)}")
+        return value
+
+    def access(self, name: str) -> Access:
+        """Letters: "r", "w" or "rw"."""
+        value = self._given.pop(name, None)
+        found = access_from(text(value))
+        if not isinstance(found, Access) or not found or found & ~RW:
+            raise self.refuse(f'{name} must be "r", "w" or "rw", and is {_shown(value)}')
+        return found
 
     def data(self, name: str, longest: int) -> bytes:
         """Bytes; a string stands for its UTF-8."""

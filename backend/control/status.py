@@ -21,8 +21,8 @@ MAX_DEVICES = 512
 """Devices in one answer, likewise."""
 
 SPACE_FIELDS = (
-    "ioasid", "kind", "format", "root", "address_width", "parent", "children", "attachments", "mappings", "mapped",
-    "counters",
+    "ioasid", "kind", "format", "pasid_table", "root", "address_width", "pid", "enforce_snoop", "parent", "children",
+    "attachments", "mappings", "mapped", "counters",
 )  # fmt: skip
 """What of GET_INFO a listing shows; the rest is what could be asked for, which is long."""
 
@@ -121,7 +121,7 @@ class Status:
                             {
                                 "rid": device.rid,
                                 "name": device.name,
-                                "pasid": pasid,
+                                "pasid": device.virtual(pasid),
                                 "access": plain(attachment.access),
                                 "routes": attachment is stack[-1],
                             }

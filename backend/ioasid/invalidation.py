@@ -15,6 +15,7 @@ from .changes import Change, What
 from .checks import Checks, within_limits
 from .device import Device
 from .errors import IoasidError
+from .kinds import Kind
 from .limits import MAX_RID
 from .spaces import Space
 
@@ -177,7 +178,8 @@ class InvalidationCommands(Checks):
 
     def lookup(self, ioasid: int, iova: int, *, pasid: int | None = None, access: Access = Access.READ) -> Path:
         """LOOKUP: what a request for one byte would go through now, every entry of both stages past all caches, and
-        where it ends; nothing is set, filled or counted. IOASIDs in it are numbers of this context."""
+        where it ends; nothing is set, filled or counted. IOASIDs in it are numbers of this context, and the result's
+        hva is the user's own address (0: none of the user's)."""
         command = cmd.LOOKUP
         space = self._space(command, ioasid, ioasid=ioasid, iova=iova, pasid=pasid, access=access)
         if not access:
@@ -197,6 +199,8 @@ class InvalidationCommands(Checks):
         result = path.result
         if isinstance(result, Fault):
             result = replace(result, ioasid=ioasid)
+        elif space.kind != Kind.SVA:  # the user's address, not ours
+            result = replace(result, hva=self.memory.vaddr(result.hva) or 0)
         return replace(path, ioasid=ioasid, parent=number_of(path.parent), result=result)
 
 
