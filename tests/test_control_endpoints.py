@@ -138,9 +138,10 @@ async def test_notifications_of_ones_own_context_and_of_all(client: Client, alon
         await client.call("vfio.detach_ioasid", rid=FIRST)
         for told, group in ((all_of_them, "vm"), (mine, "ioasid")):
             seen = [await next_one(told) for _ in range(4)]
-            assert [method for method, _ in seen] == [
-                f"{group}.{e}" for e in ("attach", "invalidate", "fault", "detach")
-            ]
+            if group == "ioasid":  # READ_FAULTS has the fault, too
+                assert seen.pop(2) == ("ioasid.ready", {"unread": 1})
+                seen.append(await next_one(told))
+            assert [name for name, _ in seen] == [f"{group}.{e}" for e in ("attach", "invalidate", "fault", "detach")]
             assert {record["context"] for _, record in seen} != {theirs}
             assert all(record["ioasid"] == 2 for _, record in seen)
             invalidated, fault = seen[1][1], seen[2][1]
