@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from reference import ept
 from reference.common import Access as Asked
-from reference.common import Kind as AskedKind
 from reference.common import Fault as Stopped
+from reference.common import Kind as AskedKind
 from reference.common import Result
 
 from backend.core import Access, Fault, Reason
