@@ -12,19 +12,38 @@ import pytest
 from core_guest import Ram
 from host_process import PAGE, HostProcess
 
-from backend.core import RW, Access, BadValueError, Core, Fault, KindError, Reason, Translation
+from backend.core import (
+    FOREIGN,
+    RW,
+    Access,
+    AmdGcr3,
+    BadValueError,
+    Core,
+    ExistsError,
+    Fault,
+    KindError,
+    Reason,
+    Translation,
+)
+from backend.core import HostProcess as Held
 
 SVA, PLAIN = 1, 2
 RID, OTHER = 8, 9
 READ, WRITE = mmap.PROT_READ, mmap.PROT_WRITE
 
 
-def attach_process(core: Core, pid: int, rid: int = RID, ioasid: int = SVA) -> None:
+def hold(pid: int) -> Held:
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
     try:
-        core.create_process_space(ioasid, pid, pagemap)
+        return Held(pid, pagemap)
     finally:
         os.close(pagemap)
+
+
+def attach_process(core: Core, pid: int, rid: int = RID, ioasid: int = SVA) -> None:
+    process = hold(pid)
+    core.create_process_space(ioasid, process)
+    process.close()  # the space holds it
     core.attach(rid, None, ioasid)
 
 
@@ -193,8 +212,8 @@ def test_translations_tell_what_is_mapped(core: Core, child: HostProcess) -> Non
     child.protect(at + 2 * PAGE, PAGE, READ)
     child.unmap(at + 5 * PAGE, PAGE)
     assert core.translate(RID, at + 2 * PAGE + 5, Access.READ) == Translation(
-        at + 2 * PAGE + 5, PAGE - 5, at + 2 * PAGE + 5, Access.READ)  # fmt: skip
-    assert core.translate(RID, at + 3 * PAGE, RW) == Translation(at + 3 * PAGE, 2 * PAGE, at + 3 * PAGE, RW)
+        at + 2 * PAGE + 5 | FOREIGN, PAGE - 5, at + 2 * PAGE + 5, Access.READ)  # fmt: skip
+    assert core.translate(RID, at + 3 * PAGE, RW) == Translation(at + 3 * PAGE | FOREIGN, 2 * PAGE, at + 3 * PAGE, RW)
     assert fault(core.translate(RID, at + 2 * PAGE, Access.WRITE)).reason is Reason.PERMISSION
     assert fault(core.translate(RID, at + 5 * PAGE, Access.READ)).reason is Reason.NOT_PRESENT
     assert core.lookup(RID, at + 2 * PAGE).result == core.translate(RID, at + 2 * PAGE, Access.READ)
@@ -247,13 +266,14 @@ def test_such_a_space_has_no_table(core: Core, child: HostProcess) -> None:
         lambda: core.protect(SVA, PAGE, PAGE, RW),
         lambda: core.create_nested_space(PLAIN, SVA),
         lambda: core.set_dirty_tracking(SVA, True),
+        lambda: core.lend_process(SVA, hold(child.pid)),
         lambda: core.bind_table(SVA, fmt="amd-v1", root=0, levels=4),
     ]
     for refused in refusals:
         with pytest.raises(KindError):
             refused()
     with pytest.raises(BadValueError):
-        core.create_process_space(PLAIN, child.pid, 1 << 20)
+        Held(child.pid, 1 << 20)
 
 
 def test_spaces_give_their_descriptors_back() -> None:
@@ -264,3 +284,91 @@ def test_spaces_give_their_descriptors_back() -> None:
         core.detach(RID, None)
         core.destroy_space(SVA)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Tables that lead to memory of another process
+
+
+@pytest.fixture
+def table(core: Core, child: HostProcess) -> tuple[int, Ram]:
+    """IOVA pages 0 to 7 lead to the child's memory, page 8 on to ours: the child's address and our RAM."""
+    at, ram = child.map(8 * PAGE), Ram(8 * PAGE)
+    core.create_host_space(PLAIN)
+    core.lend_process(PLAIN, hold(child.pid))
+    core.map(PLAIN, 0, at | FOREIGN, 8 * PAGE, RW)
+    core.map(PLAIN, 8 * PAGE, ram.hva, 8 * PAGE, RW)
+    core.attach(OTHER, None, PLAIN)
+    return at, ram
+
+
+def test_one_transfer_over_memory_of_two_processes(core: Core, child: HostProcess, table: tuple[int, Ram]) -> None:
+    at, ram = table
+    data = os.urandom(12 * PAGE)
+    assert core.dma_write(OTHER, 2 * PAGE + 5, data) is None
+    assert child.read(at + 2 * PAGE + 5, 6 * PAGE - 5) == data[: 6 * PAGE - 5]
+    assert ram.read(0, 6 * PAGE + 5) == data[6 * PAGE - 5 :]
+    assert core.dma_read(OTHER, 2 * PAGE + 5, len(data)) == data
+    assert core.translate(OTHER, 3, RW) == Translation(at + 3 | FOREIGN, PAGE - 3, 3, RW | Access.EXECUTE)
+    assert core.lookup(OTHER, 3).result == core.translate(OTHER, 3, Access.READ)
+    core.unmap(PLAIN, 0, 8 * PAGE)
+    assert fault(core.dma_read(OTHER, 0, 8)).reason is Reason.NOT_PRESENT
+
+
+def test_what_cannot_be_touched_there(core: Core, child: HostProcess, table: tuple[int, Ram]) -> None:
+    at, _ = table
+    core.set_dirty_tracking(PLAIN, True)
+    child.protect(at + 2 * PAGE, PAGE, READ)
+    child.unmap(at + 5 * PAGE, PAGE)
+    refused = fault(core.dma_write(OTHER, PAGE + 7, bytes(2 * PAGE)))
+    assert (refused.reason, refused.stage, refused.gpa, refused.iova, refused.done) == (
+        Reason.PERMISSION, 2, 2 * PAGE, 2 * PAGE, PAGE - 7)  # fmt: skip
+    lost = fault(core.dma_read(OTHER, 4 * PAGE + 7, 3 * PAGE))
+    assert (lost.reason, lost.gpa, lost.done) == (Reason.NOT_PRESENT, 5 * PAGE, PAGE - 7)
+    assert fault(core.fetch_add(OTHER, 0, 1, 8)).reason is Reason.UNSUPPORTED
+    assert core.read_dirty(PLAIN, 0, 8 * PAGE)[0] & 2
+    child.kill()
+    assert fault(core.dma_read(OTHER, 0, 8)).reason is Reason.MEMORY_GONE
+    assert core.dma_read(OTHER, 8 * PAGE, 8) == bytes(8)
+
+
+def test_a_guests_table_there_is_not_walked(core: Core, child: HostProcess, table: tuple[int, Ram]) -> None:
+    nested = 3
+    core.create_nested_space(nested, PLAIN)
+    core.attach(OTHER, 1, nested)
+    core.bind_table(nested, fmt="amd-v1", root=PAGE, levels=4)
+    lost = fault(core.dma_read(OTHER, 0, 8, pasid=1))
+    assert (lost.reason, lost.stage, lost.table, lost.gpa) == (Reason.UNSUPPORTED, 2, True, PAGE)
+    assert fault(core.lookup(OTHER, 0, pasid=1).result).reason is Reason.UNSUPPORTED
+    core.bind_pasid_table(nested, fmt=AmdGcr3(), root=2 * PAGE)
+    lost = fault(core.dma_read(OTHER, 0, 8, pasid=1))
+    assert (lost.reason, lost.table, lost.pasid_table, lost.gpa) == (Reason.UNSUPPORTED, True, True, 2 * PAGE + 8)
+    assert fault(core.lookup(OTHER, 0, pasid=1).result).reason is Reason.UNSUPPORTED
+
+
+def test_a_guests_table_of_ours_leads_there(core: Core, child: HostProcess, table: tuple[int, Ram]) -> None:
+    at, ram = table
+    nested = 3
+    leaf = 1 | 3 << 61 | PAGE  # AMD v1 (48882, 2.2.3): PR, NextLevel 0, IR, IW; GPA page 1 is the child's
+    ram.write(8 * 3, leaf.to_bytes(8, "little"))
+    core.create_nested_space(nested, PLAIN)
+    core.attach(OTHER, 1, nested)
+    core.bind_table(nested, fmt="amd-v1", root=8 * PAGE, levels=1)
+    assert core.dma_write(OTHER, 3 * PAGE + 9, b"nested", pasid=1) is None
+    assert child.read(at + PAGE + 9, 6) == b"nested"
+    child.unmap(at + PAGE, PAGE)
+    lost = fault(core.dma_read(OTHER, 3 * PAGE, 8, pasid=1))
+    assert (lost.reason, lost.stage, lost.gpa, lost.iova) == (Reason.NOT_PRESENT, 2, PAGE, 3 * PAGE)
+
+
+def test_addresses_of_a_process_that_was_not_lent(core: Core, child: HostProcess) -> None:
+    core.create_host_space(PLAIN)
+    with pytest.raises(BadValueError):
+        core.map(PLAIN, 0, PAGE | FOREIGN, PAGE, RW)
+    core.lend_process(PLAIN, hold(os.getpid()))
+    with pytest.raises(ExistsError):
+        core.lend_process(PLAIN, hold(child.pid))
+    ram = Ram(PAGE)
+    core.map(PLAIN, 0, ram.hva | FOREIGN, PAGE, RW)  # one's own are plain memory
+    core.attach(OTHER, None, PLAIN)
+    assert core.fetch_add(OTHER, 0, 5, 8) == 0
+    assert ram.read(0, 1) == b"\5"

@@ -57,7 +57,7 @@ class Reason(IntEnum):
     DIRTY = lib.VIO_REASON_DIRTY, "The dirty bit is clear at a write, and hardware is not to set it."
     UNSUPPORTED = (
         lib.VIO_REASON_UNSUPPORTED,
-        "The memory cannot serve such a request: an AtomicOp on memory of another process.",
+        "Memory of another process serves neither AtomicOps nor walks of tables that lie in it.",
     )
 
 
@@ -94,6 +94,7 @@ class Translation:
     """Where an IOVA lies."""
 
     hva: int
+    """An address of this process; with FOREIGN set, one of the process that the space stands for or was lent."""
     size: int
     """Bytes valid from hva onward within this translation: to the end of the smaller page of both stages."""
     gpa: int

@@ -9,7 +9,7 @@ static int run_translate(struct guard *guard, void *context)
 
     int reason = request_translate(job, &job->request, guard);
 
-    return !reason && job->request.space->process ? process_look(&job->request) : reason;
+    return !reason && job->request.space->walk == walk_process ? process_look(&job->request) : reason;
 }
 
 int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access,
@@ -95,7 +95,7 @@ static int run_list(struct guard *guard, void *context)
         if (list->pattern)
             size = least(size, PAGE);
         job->budget -= (int64_t)size + STEP_COST;
-        if (request->remote) {
+        if (IS_FOREIGN(request->hit.hva)) {
             uint64_t moved;
 
             memory = list->pattern ? (void *)(uintptr_t)(list->pattern + job->done % PATTERN_PERIOD)
@@ -187,8 +187,15 @@ struct copy {
 
 #define BOUNCE 16384u
 
+static void step_back(struct request *request, uint64_t bytes)
+{
+    request->iova -= bytes;
+    request->hit.hva -= bytes;
+    request->hit.gpa -= bytes;
+}
+
 /* A piece where one end, or each, is another process's memory: by way of a buffer. It begins `back` before. */
-static int copy_remote(struct copy *copy, struct guard *guard, uint64_t back, uint64_t size)
+static int copy_foreign(struct copy *copy, struct guard *guard, uint64_t back, uint64_t size)
 {
     struct job *job = &copy->job;
     struct request *read = &job->request, *write = &copy->write;
@@ -198,8 +205,8 @@ static int copy_remote(struct copy *copy, struct guard *guard, uint64_t back, ui
 
     guard->buffer.size = 0;
     job->at = read;
-    if (read->remote) {
-        read->iova -= back;
+    if (IS_FOREIGN(read->hit.hva)) {
+        step_back(read, back);
         reason = process_move(read, buffer, size, &moved);
     } else {
         about_to_touch(read, guard, back, size);
@@ -209,8 +216,8 @@ static int copy_remote(struct copy *copy, struct guard *guard, uint64_t back, ui
         return reason;
     size = moved; /* what could be read is written before it is told that the rest could not */
     job->at = write;
-    if (write->remote) {
-        write->iova -= back;
+    if (IS_FOREIGN(write->hit.hva)) {
+        step_back(write, back);
         refused = process_move(write, buffer, size, &moved);
     } else {
         guard_memory(guard, 0, 0);
@@ -265,8 +272,8 @@ static int run_copy(struct guard *guard, void *context)
                 size = least(size, least(page_rest(read), page_rest(write)));
         }
         job->budget -= (int64_t)size + 2 * STEP_COST;
-        if (read->remote || write->remote) {
-            reason = copy_remote(copy, guard, back, least(size, BOUNCE));
+        if (IS_FOREIGN(read->hit.hva | write->hit.hva)) {
+            reason = copy_foreign(copy, guard, back, least(size, BOUNCE));
             if (reason)
                 return reason;
             continue;
@@ -316,7 +323,7 @@ static int run_single(struct guard *guard, void *context)
     reason = request_translate(&single->job, request, guard);
     if (reason)
         return reason;
-    if (request->remote) { /* the kernel copies an aligned word as one, on the machines that we know of */
+    if (IS_FOREIGN(request->hit.hva)) { /* the kernel copies an aligned word as one, on the machines that we know of */
         return process_move(request, &single->value, single->width, &single->job.done);
     }
     memory = (void *)(uintptr_t)request->hit.hva;

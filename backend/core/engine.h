@@ -58,7 +58,7 @@ struct space {
     struct pasid_table *pasids; /* nested: requests are translated by the table of their PASID; NULL: by `table` */
     struct space *bound;        /* what a PASID leads to: the space that its PASID table is bound to; else NULL */
     struct dirty *dirty; /* host-managed: pages written by DMA; NULL: not tracked */
-    struct process *process; /* whose address space it stands for; NULL: it has tables */
+    vio_process *process; /* whose address space it stands for, or whose addresses its table may hold; NULL: none */
 
     struct iotlb_scope scope;
 
@@ -126,7 +126,7 @@ static inline struct space *space_find(struct vio_engine *engine, uint32_t ioasi
 /* Is it host-managed, with a table of ours? */
 static inline bool space_has_table(const struct space *space)
 {
-    return !space->parent && !space->process;
+    return !space->parent && space->format >= 0;
 }
 
 /* space.c, with the gate closed: a space with nothing but its number; a vio_status. */

@@ -1,4 +1,4 @@
-/* Address spaces of processes; see process_space.h. */
+/* Memory of processes; see process_space.h. */
 #define _GNU_SOURCE
 #include "process_space.h"
 
@@ -15,65 +15,98 @@
 
 #define PROCESS_BITS 47u /* of a process's own half on x86-64 with 4-level paging; Linux gives no others unless asked */
 
-int vio_space_create_process(vio_engine *engine, uint32_t ioasid, uint32_t pid, int pagemap)
+int vio_process_hold(uint32_t pid, int pagemap, vio_process **out)
 {
-    struct process *process = malloc(sizeof *process);
-    struct space *space;
+    vio_process *process = malloc(sizeof *process);
     int status;
 
     if (!process)
         return VIO_ERR_MEMORY;
-    *process = (struct process){(int)pid, fcntl(pagemap, F_DUPFD_CLOEXEC, 0), (int)pid == getpid()};
+    *process = (vio_process){(int)pid, fcntl(pagemap, F_DUPFD_CLOEXEC, 0), (int)pid == getpid(), 1};
     if (process->pagemap < 0) {
         status = errno == EBADF ? VIO_ERR_VALUE : VIO_ERR_LIMIT;
         free(process);
         return status;
     }
-    engine_change_begin(engine);
-    status = space_add(engine, ioasid, &space);
-    if (!status) {
-        space->format = -1;
-        space->process = process;
-        space->walk = walk_process;
-        iotlb_scope_begin(&engine->iotlb, &space->scope, NULL);
-    }
-    engine_change_end(engine);
-    if (status)
-        process_free(process);
-    return status;
+    *out = process;
+    return VIO_OK;
 }
 
-void process_free(struct process *process)
+static vio_process *hold(vio_process *process)
 {
-    if (!process)
+    __atomic_fetch_add(&process->holders, 1, __ATOMIC_RELAXED);
+    return process;
+}
+
+void vio_process_release(vio_process *process)
+{
+    if (!process || __atomic_fetch_sub(&process->holders, 1, __ATOMIC_ACQ_REL) > 1)
         return;
     close(process->pagemap);
     free(process);
 }
 
+int vio_space_create_process(vio_engine *engine, uint32_t ioasid, vio_process *process)
+{
+    struct space *space;
+    int status;
+
+    engine_change_begin(engine);
+    status = space_add(engine, ioasid, &space);
+    if (!status) {
+        space->format = -1;
+        space->process = hold(process);
+        space->walk = walk_process;
+        iotlb_scope_begin(&engine->iotlb, &space->scope, NULL);
+    }
+    engine_change_end(engine);
+    return status;
+}
+
+int vio_space_lend_process(vio_engine *engine, uint32_t ioasid, vio_process *process)
+{
+    struct space *space;
+    int status = VIO_ERR_UNKNOWN;
+
+    engine_change_begin(engine);
+    space = space_find(engine, ioasid);
+    if (space)
+        status = !space_has_table(space) ? VIO_ERR_KIND : space->process ? VIO_ERR_EXISTS : VIO_OK;
+    if (!status)
+        space->process = hold(process);
+    engine_change_end(engine);
+    return status;
+}
+
 int walk_process(const struct space *space, struct guard *guard, struct walk *walk)
 {
-    (void)space;
     (void)guard;
     if (walk->iova >> PROCESS_BITS) {
         walk->stage = 1;
         return VIO_REASON_ADDRESS_WIDTH;
     }
-    walk->hva = walk->gpa = walk->iova;
+    walk->gpa = walk->iova;
+    walk->hva = walk->iova | (space->process->own ? 0 : VIO_FOREIGN);
     walk->size_lg2 = PROCESS_BITS;
     walk->perm = PT_BOTH((unsigned)PT_RWX);
     return 0;
 }
 
 /* Does the address space that the space was made for still live? A word is 8 bytes: asked for less, it answers so. */
-static bool alive(const struct process *process)
+static bool alive(const vio_process *process)
 {
     char byte;
 
     return pread(process->pagemap, &byte, sizeof byte, 0) != 0;
 }
 
-static ssize_t transfer(const struct process *process, uint64_t address, void *buffer, uint64_t size, bool write)
+/* Of the space that translated, or of the host-managed one beneath it. */
+static const vio_process *process_of(const struct request *request)
+{
+    return request->space->parent ? request->space->parent->process : request->space->process;
+}
+
+static ssize_t transfer(const vio_process *process, uint64_t address, void *buffer, uint64_t size, bool write)
 {
     struct iovec local = {buffer, size}, remote = {(void *)(uintptr_t)address, size};
 
@@ -83,19 +116,22 @@ static ssize_t transfer(const struct process *process, uint64_t address, void *b
 
 int process_reason(struct request *request)
 {
-    const struct process *process = request->space->process;
+    const vio_process *process = process_of(request);
+    struct walk *walk = &request->walk;
     char byte;
 
-    request->walk.stage = 1;
-    request->walk.level = 0;
-    request->walk.entry = 0;
-    request->walk.has_gpa = false;
+    walk->stage = request->space->walk == walk_process ? 1 : 2;
+    walk->level = 0;
+    walk->entry = 0;
+    walk->has_gpa = walk->stage == 2;
+    walk->fault_gpa = request->hit.gpa;
     if (!alive(process))
         return VIO_REASON_MEMORY_GONE;
     if (!(request->need & VIO_WRITE))
         return VIO_REASON_NOT_PRESENT;
     /* As a processor's table would have it: what may not be read either is not present. */
-    return transfer(process, request->iova, &byte, 1, false) == 1 ? VIO_REASON_PERMISSION : VIO_REASON_NOT_PRESENT;
+    return transfer(process, request->hit.hva & ~VIO_FOREIGN, &byte, 1, false) == 1 ? VIO_REASON_PERMISSION
+                                                                                    : VIO_REASON_NOT_PRESENT;
 }
 
 /* The caller's buffer may be a mapped file, truncated by now: touched here, that is the guard's to tell. */
@@ -105,41 +141,47 @@ static void touch(const volatile char *buffer, uint64_t size)
         (void)buffer[at];
 }
 
+/* The request stands so many bytes further on. */
+static void advance(struct request *request, uint64_t bytes)
+{
+    request->iova += bytes;
+    request->hit.hva += bytes;
+    request->hit.gpa += bytes;
+}
+
 int process_move(struct request *request, void *buffer, uint64_t size, uint64_t *moved)
 {
-    const struct process *process = request->space->process;
+    const vio_process *process = process_of(request);
+    uint64_t start = request->hit.hva & ~VIO_FOREIGN, done = 0, ask = size;
     bool write = request->need & VIO_WRITE;
-    uint64_t start = request->iova, done = 0, ask = size;
 
     *moved = 0;
-    if (write && !alive(process))
-        return process_reason(request);
+    if (write) {
+        if (!alive(process))
+            return process_reason(request);
+        dirty_mark(request->dirty, request->hit.gpa, size);
+    }
     while (done < size) {
         ssize_t got = transfer(process, start + done, (char *)buffer + done, ask, write);
+        uint64_t page = PAGE - (start + done) % PAGE;
 
-        if (got <= 0) {
-            uint64_t page = PAGE - (start + done) % PAGE;
-
-            request->iova = start + done;
-            if (got < 0 && errno != EFAULT) { /* it ended (ESRCH), or became another user's (EPERM) */
-                process_reason(request);
-                return VIO_REASON_MEMORY_GONE;
-            }
-            if (ask > page) { /* how much of a range is moved before a page that cannot be is the kernel's choice */
-                ask = page;
-                continue;
-            }
+        if (got > 0) {
+            done += (uint64_t)got;
+            ask = size - done;
+        } else if (got < 0 && errno != EFAULT) { /* it ended (ESRCH), or became another user's (EPERM) */
+            process_reason(request);
+            return VIO_REASON_MEMORY_GONE;
+        } else if (ask > page) { /* how much is moved before a page that cannot be is the kernel's choice */
+            ask = page;
+        } else {
             touch((char *)buffer + done, ask);
             *moved = done;
+            advance(request, done);
             return process_reason(request);
         }
-        done += (uint64_t)got;
-        ask = size - done;
     }
-    if (!write && !alive(process)) { /* it may have been another process that was read: nothing of it counts */
-        request->iova = start;
+    if (!write && !alive(process)) /* it may have been another process that was read: nothing of it counts */
         return process_reason(request);
-    }
     *moved = done;
     return 0;
 }
@@ -158,7 +200,7 @@ static bool next_mapping(FILE *maps, uint64_t *first, uint64_t *end, char rights
 
 int process_look(struct request *request)
 {
-    const struct process *process = request->space->process;
+    const vio_process *process = request->space->process;
     uint64_t first = 0, end = 0;
     char path[32], rights[5];
     unsigned perm = 0;

@@ -1,10 +1,11 @@
 /*
- * Spaces that stand for the address space of a process: an IOVA is an address of that process, demand faulting
- * included, nothing pinned and no table of ours.
+ * Memory of processes: demand faulting included, nothing pinned.
  *
- * Translation is the identity, and what differs is how the bytes are touched: this process's own plainly, under the
- * guard; another's by process_vm_readv(2) and process_vm_writev(2), for which the kernel faults pages in and checks
- * what they permit and whether we may touch that process at all.
+ * A space can stand for a process's address space: then translation is the identity, without a table of ours. Or a table
+ * of ours leads to addresses of a process that was lent to its space. An address of another process's has VIO_FOREIGN
+ * set, from the leaf to the IOTLB and the copy, and is touched by process_vm_readv(2) and process_vm_writev(2), for which
+ * the kernel faults pages in and checks what they permit and whether we may touch that process at all. This process's own
+ * is touched plainly, under the guard.
  *
  * Those calls name a process by its pid, which may be another's by then. So a space holds /proc/PID/pagemap, which is
  * bound to the address space (struct mm_struct) itself: once that is gone, by exit or by exec, it reads as empty. It is
@@ -16,29 +17,33 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "vio.h"
+
 struct guard;
 struct request;
 struct space;
 struct walk;
 
-struct process {
+struct vio_process {
     int pid;
     int pagemap; /* file descriptor; tells whether the address space still lives */
     bool own;
+    uint32_t holders;
 };
 
-void process_free(struct process *process); /* NULL: nothing to do */
-
-/* The walker of such spaces. */
+/* The walker of spaces that stand for a process. */
 int walk_process(const struct space *space, struct guard *guard, struct walk *walk);
 
+/* Is what the request was translated to another process's? Then its bytes are moved by process_move. */
+#define IS_FOREIGN(address) __builtin_expect(((address) & VIO_FOREIGN) != 0, 0)
+
 /*
- * Move `size` bytes, at most JOB_BUDGET, between `buffer` and request->iova of another process. The count moved in
+ * Move `size` bytes, at most JOB_BUDGET, between `buffer` and request->hit of another process. The count moved in
  * *moved; 0, or the reason why it ends there, request->iova and the walk telling where.
  */
 int process_move(struct request *request, void *buffer, uint64_t size, uint64_t *moved);
 
-/* Why this process, or another, could not be touched at request->iova; the walk tells where. */
+/* Why a process could not be touched at request->hit; the walk tells where. */
 int process_reason(struct request *request);
 
 /* What is mapped at request->iova, without touching it: narrow request->hit to it; 0, or a reason. */

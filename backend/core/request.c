@@ -92,7 +92,6 @@ static int find_route(struct job *job, struct request *request)
         return reason;
     request->tag = iotlb_tag(&job->engine->iotlb, &request->space->scope);
     request->dirty = (request->space->parent ? request->space->parent : request->space)->dirty;
-    request->remote = request->space->process && !request->space->process->own;
     return 0;
 }
 
@@ -132,7 +131,7 @@ static int run_guarded(struct job *job, job_body body)
         }
         if (job->second) /* both ends are guest memory, the second one in the buffer's window */
             job->at = lost == GUARD_BUFFER ? job->second : &job->request;
-        if (job->at->space->process)
+        if (job->at->space->walk == walk_process)
             return process_reason(job->at);
         walk = &job->at->walk;
         walk->stage = 2;

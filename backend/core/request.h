@@ -30,7 +30,6 @@ struct request {
     struct route *route;
     struct space *space;
     const struct dirty *dirty; /* where writes are noted; NULL: not */
-    bool remote;               /* its bytes are another process's: moved by process_move */
     uint32_t tag;
     unsigned permitted; /* by the route */
     unsigned rights;    /* that the tables must give: `need` in the order of PT_BOTH */

@@ -110,12 +110,11 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
             if (space->parent) {
                 space->parent->children--;
                 pasid_table_free(engine, space->pasids);
-            } else if (space->process) {
-                process_free(space->process);
-            } else {
+            } else if (space_has_table(space)) {
                 host_table_destroy(&engine->pool, space->format, &space->table);
                 dirty_free(space->dirty, &engine->pool);
             }
+            vio_process_release(space->process);
             space_remove(engine, space); /* its tag is never used again, so its IOTLB entries match nothing */
         }
     }
@@ -127,18 +126,22 @@ int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t h
 {
     struct space *space;
     int status = VIO_ERR_UNKNOWN;
+    uint64_t address = hva & ~VIO_FOREIGN;
 
-    if (!size || ((iova | hva | size) & PAGE_BITS) || iova + (size - 1) < iova || !hva || hva >= HVA_END ||
-        size > HVA_END - hva || !access || (access & ~(uint32_t)RW_BOTH))
+    if (!size || ((iova | hva | size) & PAGE_BITS) || iova + (size - 1) < iova || !address || address >= HVA_END ||
+        size > HVA_END - address || !access || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
     if (guard_install())
         return VIO_ERR_MEMORY;
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
+    if (space && address != hva && space->process && space->process->own)
+        hva = address;
     if (space)
-        status = !space_has_table(space)
-                     ? VIO_ERR_KIND
-                     : host_table_map(&engine->pool, space->format, &space->table, iova, hva, size, access);
+        status = !space_has_table(space)               ? VIO_ERR_KIND
+                 : address != hva && !space->process ? VIO_ERR_VALUE
+                                                      : host_table_map(&engine->pool, space->format, &space->table,
+                                                                       iova, hva, size, access);
     if (!status && space->dirty) {
         status = dirty_cover(space->dirty, &engine->pool, iova, iova + (size - 1));
         if (status) { /* what was not covered before was not mapped either: nobody used it yet */
@@ -274,7 +277,7 @@ int vio_space_table_get(vio_engine *engine, uint32_t ioasid, vio_table *out)
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
-        status = space->walk && !space->process ? VIO_OK : VIO_ERR_KIND;
+        status = space->walk && space->format >= 0 ? VIO_OK : VIO_ERR_KIND;
     if (!status)
         *out = space->table.table;
     engine_change_end(engine);

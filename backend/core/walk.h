@@ -122,6 +122,8 @@ PT_INLINE int read_entry(const struct nested *nested, struct update *use)
 
     if (UNLIKELY(reason))
         return stage2_fault(nested->walk, &stage, use->at, true, reason);
+    if (IS_FOREIGN(stage.oa)) /* it could be read, but neither at once nor compared and exchanged */
+        return stage2_fault(nested->walk, &stage, use->at, true, VIO_REASON_UNSUPPORTED);
     use->hva = stage.oa;
     use->perm = stage.perm;
     about_to_touch_entry(nested, use->at, use->level, use->hva);

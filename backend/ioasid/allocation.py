@@ -190,7 +190,7 @@ class AllocationCommands(TableCommands):
             )
         core_id = self.engine.new_core_id()
         with within_limits(command):
-            body = make(Request(command, self.engine, core_id, fmt, parent, pid))
+            body = make(Request(command, self.engine, core_id, fmt, parent, self.memory, pid))
         ioasid = heappop(self._free) if self._free else len(self._spaces) + 1
         space = Space(self._self, ioasid, core_id, kind, fmt, body, parent)
         space.enforce_snoop = enforce_snoop or (parent is not None and parent.enforce_snoop)

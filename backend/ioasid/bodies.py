@@ -18,6 +18,7 @@ from .limits import MAX_PROCESSES
 from .merged import HostTable
 from .processes import Process, open_process
 from .spaces import Body, CoreBody, Space
+from .user_memory import UserMemory
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -34,6 +35,8 @@ class Request:
     """Of the space in the core that the maker makes."""
     format: PgtableFormat
     parent: Space | None
+    memory: UserMemory
+    """Of the user."""
     pid: int | None
 
     @property
@@ -68,6 +71,7 @@ def _table(request: Request, above: HostTable | None, leave: Callable[[HostTable
         request.engine.merged_room,
         above,
         leave=leave,
+        memory=request.memory,
         write_only=FORMATS[fmt.vendor].write_only,
     )
 
@@ -85,7 +89,7 @@ def sva(request: Request) -> Body:
     except IoasidError as error:
         raise request.command.refuse(error.errno or 0, error.sentence) from error
     try:
-        request.core.create_process_space(request.core_id, request.pid, process.pagemap)
+        request.core.create_process_space(request.core_id, process.memory)
     except BaseException:
         process.close()
         raise

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from backend.core import Access, Core, LimitError, NoMemoryError
+from backend.core import FOREIGN, Access, Core, LimitError, NoMemoryError
 
 from .intervals import Intervals
 from .limits import MAX_MAPPINGS, MAX_MERGED
 from .mappings import Mapping, Mappings
+from .user_memory import UserMemory
 
 NO_ROOM = (LimitError, NoMemoryError, MemoryError)
 
@@ -66,6 +67,7 @@ class HostTable:
         above: HostTable | None = None,
         *,
         leave: Callable[[HostTable], None] | None = None,
+        memory: UserMemory | None = None,
         write_only: bool = True,
     ) -> None:
         self.core = core
@@ -76,6 +78,7 @@ class HostTable:
         self._room = room
         self._above = above
         self._leave = leave
+        self._memory = memory
         self._links: dict[int, Link] = {}
         self._below: Intervals[Link] = Intervals()
 
@@ -126,6 +129,8 @@ class HostTable:
                 raise LimitError(f"a merged table has {MAX_MAPPINGS} pieces")
             self._room.take()
         try:
+            if piece.where & FOREIGN and self._memory is not None:
+                self._borrow(self._memory)
             self.core.map(self.core_id, piece.iova, piece.where, piece.size, piece.access)
         except BaseException:
             if self._above is not None:
@@ -139,6 +144,13 @@ class HostTable:
                 if not at_all_costs:
                     self.take(piece)
                     raise
+
+    def _borrow(self, memory: UserMemory) -> None:
+        """Addresses of the user's process come into the table: the core is to know whose they are, once."""
+        process = memory.process
+        assert process is not None
+        self.core.lend_process(self.core_id, process)
+        self._memory = None
 
     def take(self, piece: Mapping) -> None:
         """A piece goes, beneath and here."""

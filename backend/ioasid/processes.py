@@ -8,6 +8,8 @@ import os
 import select
 from dataclasses import dataclass
 
+from backend.core import HostProcess, LimitError
+
 from .errors import IoasidError
 
 
@@ -35,8 +37,8 @@ class Process:
 
     pid: int
     pidfd: int
-    pagemap: int
-    """Bound to the address space: what backend.core.Core.create_process_space takes."""
+    memory: HostProcess
+    """Bound to the address space: what the core takes."""
 
     @property
     def alive(self) -> bool:
@@ -48,7 +50,7 @@ class Process:
     def close(self) -> None:
         """Let go of it."""
         os.close(self.pidfd)
-        os.close(self.pagemap)
+        self.memory.close()
 
 
 def open_process(pid: int) -> Process:
@@ -66,10 +68,13 @@ def open_process(pid: int) -> Process:
         raise _refusal(pid, OSError(errno.ESRCH, "")) from error
     try:
         pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
+        try:
+            process = Process(pid, pidfd, HostProcess(pid, pagemap))
+        finally:
+            os.close(pagemap)
+    except (OSError, LimitError) as error:
         os.close(pidfd)
-        raise _refusal(pid, error) from error
-    process = Process(pid, pidfd, pagemap)
+        raise _refusal(pid, error if isinstance(error, OSError) else OSError(errno.EMFILE, "")) from error
     why = _access(pid)
     if not why and not process.alive:  # so up to here, the number was this one's
         why = errno.ESRCH

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Protocol
 
-from backend.core import Access
+from backend.core import Access, HostProcess
 
 from .errors import IoasidError
 from .limits import USER_END
@@ -14,8 +14,12 @@ from .limits import USER_END
 class UserMemory(Protocol):
     """The memory of a context's user."""
 
+    @property
+    def process(self) -> HostProcess | None:
+        """Whose addresses `hva` marks as FOREIGN; None where it marks none."""
+
     def hva(self, vaddr: int, size: int, access: Access) -> int:
-        """Where [vaddr, vaddr + size) of the user lies in this process, in one piece.
+        """Where [vaddr, vaddr + size) of the user lies in this process, in one piece; or, with FOREIGN set, in `process`.
 
         Raises IoasidError: EFAULT it is no memory of the user; EPERM it is, but not for this access.
         """
@@ -26,6 +30,8 @@ class UserMemory(Protocol):
 
 class OwnMemory:
     """The user is this process."""
+
+    process = None
 
     def hva(self, vaddr: int, size: int, access: Access) -> int:
         """The same address. Whether something lies there shows when DMA reaches it."""
