@@ -103,7 +103,7 @@ class Contexts:
             self.release(session, rid)
         context = session.own
         if context is None:
-            session.memory.shared.close()
+            session.memory.close()
         else:
             del self._sessions[context]
             self._left[context] = session.memory
@@ -121,4 +121,4 @@ class Contexts:
         needed = {device.context for rid in self._holders if (device := self.engine.devices.get(rid)) is not None}
         for context in [each for each in self._left if each not in needed]:
             context.close()
-            self._left.pop(context).shared.close()
+            self._left.pop(context).close()

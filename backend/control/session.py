@@ -6,37 +6,70 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from backend.core import Access
-from backend.ioasid import Context, IoasidError
+from backend.core import FOREIGN, Access, HostProcess
+from backend.ioasid import Context, IoasidError, Process, open_process
 from protocol import Connection
 
-from .shared_memory import SharedMemory
+from .shared_memory import USER_END, SharedMemory
 
 if TYPE_CHECKING:
     from .contexts import Contexts
 
 
 class ClientMemory:
-    """The client's addresses: what it shared as a memfd is mapped here."""
+    """The client's addresses. What it shared as a memfd is mapped here, the fast way; the rest is reached where it is,
+    in the client's process."""
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int | None = None) -> None:
+        """`pid`: of the client; None: what it did not share cannot be reached."""
         self.shared = SharedMemory()
+        self._pid = pid
+        self._held: Process | None = None
+
+    @property
+    def process(self) -> HostProcess | None:
+        """The client's, once something of it was asked for that it did not share."""
+        return self._held.memory if self._held is not None else None
 
     def hva(self, vaddr: int, size: int, access: Access) -> int:
-        """Where the client's [vaddr, vaddr + size) is mapped here. EFAULT: not shared; EPERM: shared read-only."""
+        """Where the client's [vaddr, vaddr + size) is mapped here; where it shared nothing, the same address, FOREIGN.
+
+        EFAULT: shared in parts, or no addresses of a process; EPERM: shared read-only, or the process may not be
+        touched.
+        """
         share = self.shared.find(vaddr, size)
         if share is None:
-            raise IoasidError(
-                errno.EFAULT,
-                f"vaddr [{vaddr:#x}, {vaddr + size:#x}) lies in no memory you shared: memory.share it first",
-            )
+            return self._own(vaddr, size) | FOREIGN
         if access & Access.WRITE and not share.writable:
             raise IoasidError(errno.EPERM, f"vaddr {vaddr:#x} was shared read-only: map it for reading alone")
         return share.hva + vaddr - share.vaddr
 
+    def _own(self, vaddr: int, size: int) -> int:
+        where = f"vaddr [{vaddr:#x}, {vaddr + size:#x})"
+        if self._pid is None:
+            raise IoasidError(errno.EFAULT, f"{where} lies in no memory you shared: memory.share it first")
+        if self.shared.touches(vaddr, size):
+            raise IoasidError(errno.EFAULT, f"{where} lies in memory you shared, in parts: map each by itself")
+        if not 0 < vaddr <= USER_END - size:
+            raise IoasidError(errno.EFAULT, f"{where} are no addresses of a process: give those of a mapping of yours")
+        if self._held is None:
+            try:
+                self._held = open_process(self._pid)
+            except IoasidError as error:
+                code = errno.EPERM if error.errno == errno.EPERM else errno.EFAULT
+                raise IoasidError(code, f"{where} cannot be reached, memory.share it: {error.sentence}") from error
+        return vaddr
+
     def vaddr(self, hva: int) -> int | None:
-        """The client's address for one of ours."""
-        return self.shared.vaddr_of(hva)
+        """The client's address for one of ours, or for a FOREIGN one."""
+        return hva & ~FOREIGN if hva & FOREIGN else self.shared.vaddr_of(hva)
+
+    def close(self) -> None:
+        """Give all of it back. No IOASID may map it."""
+        self.shared.close()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
 
 class Session:
@@ -46,7 +79,7 @@ class Session:
         self._contexts = contexts
         self.connection = connection
         self.pid = connection.peer.pid
-        self.memory = ClientMemory()
+        self.memory = ClientMemory(self.pid)
         self.held: set[int] = set()
         """RIDs of endpoints that this connection holds as an open device file would."""
         self._context: Context | None = None

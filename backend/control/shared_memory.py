@@ -93,6 +93,10 @@ class SharedMemory:
         """The share that holds all of [vaddr, vaddr + size)."""
         return next((each for each in self._shares if each.vaddr <= vaddr and vaddr + size <= each.end), None)
 
+    def touches(self, vaddr: int, size: int) -> bool:
+        """Whether any of [vaddr, vaddr + size) is shared."""
+        return any(each.vaddr < vaddr + size and vaddr < each.end for each in self._shares)
+
     def vaddr_of(self, hva: int) -> int | None:
         """The client's address for one of ours."""
         for share in self._shares:

@@ -15,6 +15,7 @@ from .kinds import Kind
 from .pasid_formats import PASID_FORMATS, PasidTableFormat, PasidTableRule
 from .pasid_pool import PasidMode
 from .port import DevicePort
+from .processes import Process, open_process
 from .spaces import Untagged
 from .traits import BEHIND_X86, MSI_WINDOW, Traits, Window
 from .user_memory import OwnMemory, UserMemory
@@ -54,10 +55,12 @@ __all__ = [
     "PasidTableInfo",
     "PasidTableRule",
     "PgtableFormat",
+    "Process",
     "Traits",
     "Untagged",
     "UserMemory",
     "VmMemorySource",
     "What",
     "Window",
+    "open_process",
 ]

@@ -19,7 +19,7 @@ class UserMemory(Protocol):
         """Whose addresses `hva` marks as FOREIGN; None where it marks none."""
 
     def hva(self, vaddr: int, size: int, access: Access) -> int:
-        """Where [vaddr, vaddr + size) of the user lies in this process, in one piece; or, with FOREIGN set, in `process`.
+        """Where [vaddr, vaddr + size) of the user lies in this process, in one piece, or (FOREIGN) in `process`.
 
         Raises IoasidError: EFAULT it is no memory of the user; EPERM it is, but not for this access.
         """
