@@ -5,6 +5,7 @@ from .command import Command
 from .commands import COMMANDS
 from .context import Context
 from .device import Device
+from .documentation import render_markdown
 from .engine import Engine
 from .errors import IoasidError
 from .fault_queue import Code, FaultRecord, Faults, PageResponse
@@ -63,4 +64,5 @@ __all__ = [
     "What",
     "Window",
     "open_process",
+    "render_markdown",
 ]

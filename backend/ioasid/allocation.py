@@ -9,7 +9,7 @@ from typing import overload
 
 from . import rows_spaces as cmd
 from .bodies import MAKERS, Request
-from .checks import within_limits
+from .checks import within_format
 from .command import Command
 from .extensions import extensions
 from .formats import PAGE_SIZE, PgtableFormat
@@ -189,7 +189,7 @@ class AllocationCommands(TableCommands):
                 errno.EINVAL, f"pages of {fmt.granule} bytes are larger than the memory's they stand for: use smaller"
             )
         core_id = self.engine.new_core_id()
-        with within_limits(command):
+        with within_format(command):
             body = make(Request(command, self.engine, core_id, fmt, parent, self.memory, pid))
         ioasid = heappop(self._free) if self._free else len(self._spaces) + 1
         space = Space(self._self, ioasid, core_id, kind, fmt, body, parent)

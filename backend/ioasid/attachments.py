@@ -105,6 +105,13 @@ class AttachmentCommands(Routes):
                     f"PASID {each.virtual(leaning)} of {each} is attached to a child of IOASID {routed.space.ioasid}: "
                     "detach it first",
                 )
+            tagged = next((other for other in each.stacks if other is not None), None)
+            if tagged is not None and len(device.group.devices) > 1:
+                raise command.refuse(
+                    errno.EBUSY,
+                    f"{device.group} would be only partly attached, and PASID {each.virtual(tagged)} of {each} is: "
+                    "detach it first",
+                )
         self._pop(device, key)
 
     def _key(self, command: Command, device: Device, pasid: int | None, vpasid: int | None) -> int | None:
@@ -127,6 +134,8 @@ class AttachmentCommands(Routes):
                     f"all requests of {device} for a guest's address space carry a PASID ({mode}): name a vpasid",
                 )
             return
+        if not device.traits.pasid_bits:
+            raise command.refuse(errno.EINVAL, f"{device} has no PASIDs: attach it without one")
         if space.pasid_table is not None:
             raise command.refuse(
                 errno.EINVAL, f"the PASID table of IOASID {space.ioasid} is the guest's own: attach it without a PASID"
@@ -181,7 +190,7 @@ class AttachmentCommands(Routes):
                     errno.EINVAL,
                     f"{other} of {group} is attached to IOASID {theirs[-1].ioasid}: devices of a group go the same way",
                 )
-            if len(theirs) < len(mine) - (pasid is None):
+            if len(theirs) < len(mine) - 1 or (pasid is not None and len(theirs) != len(mine)):
                 raise command.refuse(
                     errno.EINVAL, f"{group} is only partly attached: attach {other} to the same IOASIDs first"
                 )

@@ -115,5 +115,16 @@ def within_limits(command: Command) -> Iterator[None]:
         ) from error
     except (NoMemoryError, MemoryError) as error:
         raise command.refuse(errno.ENOMEM, "the host has no memory for it: free something first") from error
-    except (BadValueError, KindError) as error:
-        raise command.refuse(errno.EINVAL, f"no table can be so: {error}") from error
+
+
+@contextmanager
+def within_format(command: Command) -> Iterator[None]:
+    """Neither room nor a combination of numbers that no hardware has is a mistake of ours."""
+    with within_limits(command):
+        try:
+            yield
+        except (BadValueError, KindError) as error:
+            raise command.refuse(
+                errno.EINVAL,
+                f"no table can be so: its address must be aligned as its format asks, and numbers fit ({error})",
+            ) from error

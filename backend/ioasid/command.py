@@ -33,6 +33,13 @@ def _pages(value: object, end: int) -> str | None:
     return wrong
 
 
+def _table(value: object) -> str | None:
+    wrong = _number(value, U64_END)
+    if wrong is None and isinstance(value, int) and value % 64:
+        return "is not a multiple of 64: no format has such a root"
+    return wrong
+
+
 def _access(value: object) -> str | None:
     if not isinstance(value, Access) or int(value) > int(RW):
         return "is none of read, write and both"
@@ -56,6 +63,7 @@ class Unit(Enum):
     RID = ("bus/device/function, 16 bits", lambda v: _number(v, MAX_RID + 1))
     PASID = ("20 bits", lambda v: _number(v, MAX_PASID + 1))
     ADDRESS = ("bytes, a multiple of 4096", lambda v: _pages(v, U64_END))
+    TABLE = ("bytes, a GPA, aligned as its format asks, to 64 at least", _table)
     SIZE = (
         "bytes, a multiple of 4096, not 0",
         lambda v: "is 0: name at least one page" if v == 0 else _pages(v, U64_END + 1),

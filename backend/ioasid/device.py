@@ -31,7 +31,8 @@ class DeviceTlb(Protocol):
     """Translations that a device keeps itself (ATS)."""
 
     def __call__(self, pasid: int | None, iova: int, size: int | None) -> None:
-        """Forget those of [iova, iova + size), None: of all, of requests with this PASID (None: without one)."""
+        """Forget those of [iova, iova + size), None: of all, of requests with this PASID; None: of all there are, where
+        the guest's own PASID table leads them, else of requests without one."""
 
 
 class Group:

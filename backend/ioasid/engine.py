@@ -15,9 +15,9 @@ from .device import Device, DeviceTlb, Group
 from .errors import IoasidError
 from .kinds import Kind
 from .kvm_pasids import KvmPasids
-from .limits import MAX_CONTEXTS, MAX_DEVICES, MAX_RID
+from .limits import MAX_CONTEXTS, MAX_DEVICES, MAX_PASID, MAX_RID
 from .merged import Room
-from .pasid_pool import PasidPool, SharedPasids
+from .pasid_pool import PasidMode, PasidPool, SharedPasids
 from .spaces import Space
 from .traits import Traits
 from .user_memory import UserMemory
@@ -54,14 +54,14 @@ class Engine:
         self.page_timeout = page_timeout
         self.groups: dict[str, Group] = {}
         """By name. Devices without a group make one each, under no name."""
-        self.shared_pasids = SharedPasids(PasidPool(20))
+        self.shared_pasids = SharedPasids(PasidPool(MAX_PASID.bit_length()))
         self.kvm = KvmPasids()
         self.tlbs = 0
         """Devices that keep translations themselves."""
         self.devices: dict[int, Device] = {}
         """By RID."""
         self.contexts: set[Context] = set()
-        self.vm_memory = VmMemorySource()
+        self.vm_memory = VmMemorySource(self._vm_memory_gone)
         """Where the VM's memory lies: what IOASIDs of kind vm follow."""
         self.merged_room = Room()
         self.processes = 0
@@ -98,6 +98,10 @@ class Engine:
         if rid in self.devices:
             raise IoasidError(
                 errno.EEXIST, f"add_device: RID {rid:#06x} is {self.devices[rid]} already: give {name} another one"
+            )
+        if traits.pasid_mode == PasidMode.GLOBAL and traits.pasid_bits != MAX_PASID.bit_length():
+            raise IoasidError(
+                errno.EINVAL, f"add_device: {name} has {traits.pasid_bits} bits of PASID: ENQCMD and its pool have 20"
             )
         assert len(self.devices) < MAX_DEVICES
         of = self.groups.get(group) if group is not None else None
@@ -193,6 +197,13 @@ class Engine:
             self._telling = False
         return fault
 
+    def _vm_memory_gone(self, gpa: int, size: int) -> None:
+        """Guest memory went, from all IOASIDs of kind vm."""
+        if self.tlbs:
+            for space in self._spaces.values():
+                if space.kind == Kind.VM:
+                    self.forget_tlbs(space, gpa, size)
+
     # For Context.
 
     @property
@@ -216,7 +227,7 @@ class Engine:
             return
         for device, pasid in list(space.users):
             if device.tlb is not None:
-                device.tlb(device.virtual(pasid), iova, size)
+                device.tlb(pasid, iova, size)
         for child in space.below:
             self.forget_tlbs(child)
 

@@ -143,11 +143,8 @@ class InvalidationCommands(Checks):
         if Cache.DEVICE_TLB in caches:
             for device, key in users:
                 if device.tlb is not None:
-                    device.tlb(
-                        pasid if space.pasid_table is not None else device.virtual(key),
-                        iova,
-                        size if granularity == Granularity.RANGE else None,
-                    )
+                    whose = pasid if space.pasid_table is not None else key
+                    device.tlb(whose, iova, size if granularity == Granularity.RANGE else None)
         if self.engine.watched:
             where = (iova, size) if granularity == Granularity.RANGE else (None, None)
             self.engine.changed(Change(What.INVALIDATE, self._self, space.ioasid, what.rid, pasid, *where))

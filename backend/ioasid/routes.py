@@ -28,7 +28,7 @@ class Routes(Checks):
         else:
             self._core.attach(device.rid, pasid, top.space.core_id, access=top.access)
         if device.tlb is not None:
-            device.tlb(device.virtual(pasid), 0, None)
+            device.tlb(pasid, 0, None)
 
     def _route_rid(self, device: Device, top: Attachment | None) -> None:
         core, rid = self._core, device.rid
@@ -74,7 +74,7 @@ class Routes(Checks):
                 errno.EINVAL, f"PASID {device.virtual(pasid)} of {device} is attached to it: a PASID table is of a RID"
             )
         if not device.traits.pasid_bits:
-            raise command.refuse(errno.EINVAL, f"{device} has no PASIDs: bind a page table")
+            raise command.refuse(errno.EINVAL, f"{device} has no PASIDs: a PASID table is nothing to it")
         if device.traits.pasid_mode != PasidMode.WHOLE:
             raise command.refuse(
                 errno.EINVAL, f"PASIDs of {device} come from a {device.traits.pasid_mode} pool: its table is the host's"

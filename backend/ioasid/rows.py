@@ -22,7 +22,7 @@ FORMAT = (
     Field("address_width", Unit.BITS, True, "of an IOVA; 0: what the levels give"),
     Field("granule", Unit.BYTES, True, "the smallest page; 0: the usual one"),
     Field("output_width", Unit.BITS, True, "of the addresses in entries; 0: the usual one"),
-    Field("upper_root", Unit.ADDRESS, True, "Arm stage 1: GPA of the root table of the upper range"),
+    Field("upper_root", Unit.TABLE, True, "Arm stage 1: GPA of the root table of the upper range"),
     Field("upper_address_width", Unit.BITS, True, "of the upper range"),
     Field("options", Unit.NAMES, True, "of the format, as GET_INFO lists them"),
 )

@@ -59,7 +59,7 @@ DETACH_IOASID = Command(
         errno.EINVAL: f"{WRONG}, or {NOT_BOUND}",
         errno.ENODEV: NO_DEVICE,
         errno.ENOENT: "the device (or PASID) is not attached",
-        errno.EBUSY: "a PASID of the device is attached to a child of the IOASID",
+        errno.EBUSY: "a PASID of the device is attached to a child of the IOASID; or a PASID of its group at all",
     },
     group="vfio",
 )

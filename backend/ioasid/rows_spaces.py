@@ -21,7 +21,7 @@ ALLOC = Command(
         Field("kind", Unit.NAME, True, "kernel, sva, vm or user"),
         *FORMAT,
         Field("parent", Unit.IOASID, True, "the host-managed IOASID beneath which it is nested"),
-        Field("root", Unit.ADDRESS, True, "user: GPA of the guest's root table"),
+        Field("root", Unit.TABLE, True, "user: GPA of the guest's root table"),
         Field("pid", Unit.PID, True, "sva: the process"),
         Field("enforce_snoop", Unit.FLAG, True, "only devices whose DMA can be made coherent may be attached"),
     ),

@@ -17,7 +17,7 @@ BIND_PGTABLE = Command(
     "BIND_PGTABLE",
     9,
     "the guest's page table at GPA root serves every device attached to this child",
-    (IOASID, Field("root", Unit.ADDRESS, text="GPA of the root table"), *FORMAT),
+    (IOASID, Field("root", Unit.TABLE, text="GPA of the root table"), *FORMAT),
     ON_USER,
     {
         errno.EINVAL: WRONG + ", the IOASID is not guest-managed, root does not fit the format's root tables, numbers "
@@ -39,7 +39,7 @@ BIND_PASID_TABLE = Command(
     "the guest's PASID table at GPA root serves all PASIDs of every device attached to this child",
     (
         IOASID,
-        Field("root", Unit.ADDRESS, text="GPA of the root table or directory"),
+        Field("root", Unit.TABLE, text="GPA of the root table or directory"),
         Field("vendor", Unit.NAME, True, "the format's name, as GET_INFO lists it"),
         Field("levels", Unit.COUNT, True, "AMD GLX + 1; RISC-V PD8, PD17, PD20"),
         Field("pasid_bits", Unit.COUNT, True, "VT-d PDTS + 13; Arm S1CDMax"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from . import rows_tables as cmd
-from .checks import format_fields, within_limits
+from .checks import format_fields, within_format, within_limits
 from .command import Command
 from .device import Device
 from .formats import FORMATS, PgtableFormat
@@ -34,7 +34,7 @@ class TableCommands(Routes):
             )
         for device, _ in space.users:
             self._refuse_format(command, device, fmt.vendor)
-        with within_limits(command):
+        with within_format(command):
             self._core.bind_table(space.core_id, fmt=rule.table(fmt), root=root)
         space.bound_root = root
         space.format = fmt
@@ -85,7 +85,7 @@ class TableCommands(Routes):
             raise command.refuse(errno.EOPNOTSUPP, f"{error}; see GET_INFO for what is offered") from error
         for device, pasid in space.users:
             self._refuse_delegation(command, device, pasid, fmt.vendor)
-        with within_limits(command):
+        with within_format(command):
             self._core.bind_pasid_table(space.core_id, fmt=table, root=root, default_pasid=untagged_pasid)
         space.bound_root = root
         space.pasid_table = PasidTable(fmt, bits, untagged, untagged_pasid)

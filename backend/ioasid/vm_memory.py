@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from backend.core import Access
 
@@ -17,7 +18,9 @@ class VmMemorySource:
     """Where guest memory lies in this process, by GPA. Whoever knows the VM (backend.vm.memory) tells it; IOASIDs of
     kind `vm` are kept like it. One an engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, gone: Callable[[int, int], None] | None = None) -> None:
+        """`gone` is told of each (GPA, size) that has left all tables."""
+        self._gone = gone
         self.extents = Mappings()
         """iova: the GPA; where: the HVA."""
         self._tables: dict[HostTable, int] = {}
@@ -58,6 +61,8 @@ class VmMemorySource:
         for table in self._tables:
             self._take(table, extent)
         self.extents.remove(extent)
+        if self._gone is not None:
+            self._gone(gpa, size)
 
     # For IOASIDs of kind vm.
 
