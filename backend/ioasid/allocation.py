@@ -202,6 +202,8 @@ class AllocationCommands(TableCommands):
 
     def _drop(self, space: Space) -> None:
         last = self._core.space_counters(space.core_id)
+        for mapping in space.mappings:
+            self._account(space, mapping, -1)
         space.body.close()
         self.engine.leave(space, last)
         del self._spaces[space.ioasid]

@@ -210,10 +210,10 @@ class AttachmentCommands(Routes):
     def _pop(self, device: Device, pasid: int | None) -> None:
         """Drop the attachment that routes; what lies beneath it routes again. Nobody answers its page requests now."""
         delegated = pasid is None and device.delegated is not None
-        self.faults.release(device, pasid, every=delegated)
         virtual = device.virtual(pasid)
         gone = device.pop(pasid)
         self._route_all(device, pasid)
+        self.faults.release(device, pasid, every=delegated)
         if device.traits.pasid_mode == PasidMode.GLOBAL and pasid is not None:
             self._forget_kvm(device, pasid, gone.space)
         device.unregister(pasid)

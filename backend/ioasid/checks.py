@@ -15,6 +15,7 @@ from .device import Device
 from .fault_queue import FaultQueue
 from .formats import FORMATS, PgtableFormat
 from .kinds import Kind
+from .mappings import Mapping
 from .pasid_formats import PasidTableFormat
 from .pinned_memory import PinnedMemory
 from .spaces import Space
@@ -82,6 +83,16 @@ class Checks:
         if device.context is not self:
             raise command.refuse(errno.EINVAL, f"{device} is not bound to this context: BIND_IOASID_FD first")
         return device
+
+    def _account(self, space: Space, mapping: Mapping, by: int) -> None:
+        """Account for a mapping that comes (1) or goes (-1)."""
+        if space.parent is not None:
+            return
+        if mapping.registered:
+            for each in self.pinned.covering(mapping.vaddr, mapping.size) or ():
+                each.users += by
+        else:
+            self.pinned.pinned += by * mapping.size
 
     def _format(self, command: Command, kind: Kind, fmt: PgtableFormat) -> PgtableFormat:
         """The format with all its numbers, if it is on offer for the kind."""

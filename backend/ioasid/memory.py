@@ -100,7 +100,7 @@ class MemoryCommands(Checks):
         with within_limits(command):
             space.table.map(iova, where, size, access)
         space.mappings.add(mapping)
-        self._count(space, mapping, 1)
+        self._account(space, mapping, 1)
 
     def unmap_dma(self, ioasid: int, iova: int, size: int) -> None:
         """UNMAP_DMA: of exactly what one MAP_DMA mapped."""
@@ -119,7 +119,7 @@ class MemoryCommands(Checks):
             )
         space.table.unmap(iova, size)
         space.mappings.remove(mapping)
-        self._count(space, mapping, -1)
+        self._account(space, mapping, -1)
         self.engine.forget_tlbs(space, iova, size)
 
     def set_dirty_tracking(self, ioasid: int, on: bool) -> None:
@@ -177,13 +177,3 @@ class MemoryCommands(Checks):
                 errno.EINVAL, f"[{vaddr:#x}, {vaddr + size:#x}) is not all registered: REGISTER_MEMORY it first"
             )
         return found
-
-    def _count(self, space: Space, mapping: Mapping, by: int) -> None:
-        """Account for a mapping that comes (1) or goes (-1)."""
-        if space.parent is not None:
-            return
-        if mapping.registered:
-            for each in self.pinned.covering(mapping.vaddr, mapping.size) or ():
-                each.users += by
-        else:
-            self.pinned.pinned += by * mapping.size

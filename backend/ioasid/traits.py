@@ -40,10 +40,10 @@ class Traits:
 
     def windows(self) -> tuple[Window, ...]:
         """All IOVAs that it cannot use, in order."""
-        found = sorted(self.reserved, key=lambda each: each.start)
+        found = list(self.reserved)
         if self.address_width < 64:
             found.append(Window(1 << self.address_width, U64_END, "address width"))
-        return tuple(found)
+        return tuple(sorted(found, key=lambda each: each.start))
 
     def permitted(self, width: int = 64) -> tuple[tuple[int, int], ...]:
         """[start, end) of the IOVAs that are left of so many bits."""
