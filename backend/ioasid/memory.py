@@ -14,7 +14,6 @@ from .formats import FORMATS, PAGE_SIZE
 from .limits import MAX_DIRTY_PAGES, MAX_MAPPINGS, MAX_REGISTERED
 from .mappings import Mapping
 from .pinned_memory import Registered
-from .spaces import Space
 
 
 class MemoryCommands(Checks):
