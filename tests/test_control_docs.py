@@ -1,4 +1,4 @@
-"""docs/control.md: its example runs as it stands there."""
+"""docs/control.md: its example runs as it stands there. docs/commands.md: it says what the table says."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 from control_serving import serving
+
+from backend.control.binding import bind_all
+from backend.control.commands_page import page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -29,3 +32,9 @@ def test_the_worked_example(tmp_path: Path) -> None:
             ["sh", "-e", "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
         )
     assert (done.stdout, done.stderr, done.returncode) == (printed, "", 0)
+
+
+def test_the_page_of_commands_is_current() -> None:
+    written = (DOCS / "commands.md").read_text()
+    assert written == page(), "python -m backend.control.commands_page > docs/commands.md"
+    assert all(f"`{name}`" in written for name in bind_all())

@@ -107,19 +107,14 @@ def bind(command: Command) -> Bound:
             records[argument.name] = hint
             inner = get_type_hints(hint)
             for each in dataclasses.fields(hint):
-                required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+                required = each.default is dataclasses.MISSING
                 parameters[each.name] = Parameter(each.name, required, converter(inner[each.name]), argument.name)
         else:
             raise LookupError(f"{command.name} has no field {argument.name}, which its method takes")
     if names != parameters.keys():
         raise LookupError(f"{command.name}: fields {sorted(names)}, and its method takes {sorted(parameters)}")
     ordered = {each.name: parameters[each.name] for each in command.fields}
-    return Bound(command, f"{group(command)}.{command.name.lower()}", call, ordered, records)
-
-
-def group(command: Command) -> str:
-    """The file whose command it is: "ioasid", "vfio" or "kvm"."""
-    return str(getattr(command, "group", "vfio" if command.name in METHODS else "ioasid"))
+    return Bound(command, f"{command.group}.{command.name.lower()}", call, ordered, records)
 
 
 def bind_all() -> dict[str, Bound]:

@@ -53,14 +53,15 @@ class Control:
         self.contexts.on_left = self._events.forget
         self.contexts.on_opened = self._events.follow
         self._endpoints = Endpoints(self.contexts, endpoints)
-        looks: dict[str, Look] = {
+        self.looks: Mapping[str, Look] = {
             **Status(self.contexts, facts).methods(),
             **self._events.methods(),
             **self._endpoints.methods(),
             "memory.share": share,
             "memory.unshare": unshare,
         }
-        methods: dict[str, Method] = {name: partial(_look, name, look) for name, look in looks.items()}
+        """Methods that are no commands."""
+        methods: dict[str, Method] = {name: partial(_look, name, look) for name, look in self.looks.items()}
         methods.update({name: partial(_command, bound) for name, bound in bind_all().items()})
         self._server = Server(methods, path, on_connect=partial(Session, self.contexts), notifications=TOPICS)
 
