@@ -6,9 +6,13 @@ at HVA 0x40001000.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from control_serving import FIRST, SIZE, VADDR, Memory, Served, memory, refusal, serving
@@ -151,3 +155,119 @@ def test_the_addresses_are_the_clients_own(client: BlockingClient, ram: Memory, 
     for vaddr in (0, (1 << 47) - PAGE, VADDR - PAGE, VADDR + SIZE - PAGE):
         number, sentence = refusal(client, "ioasid.map_dma", ioasid=ioasid, iova=0, vaddr=vaddr, size=2 * PAGE)
         assert (number, f"{vaddr:#x}" in sentence) == (errno.EFAULT, True)
+
+
+def test_the_look_up_shows_the_golden_numbers(client: BlockingClient, ram: Memory) -> None:
+    """GIOVA 0x2000 -> GPA 0x1000 -> HVA 0x40001000, the last of which is the client's own address."""
+    gpa = gpa_space(client, DEV1)
+    ram.put(ROOT + 8 * (GIOVA // PAGE), LEAF.to_bytes(8, "little"))
+    giova = client.call("ioasid.alloc", kind="user", parent=gpa, root=ROOT, vendor="amd-v1", levels=1)
+    path = client.call("ioasid.lookup", ioasid=giova, iova=GIOVA + 0x123)
+    assert (path["ioasid"], path["parent"], path["stage1"]) == (giova, gpa, "amd-v1")
+    assert (path["result"]["gpa"], path["result"]["hva"]) == (GPA + 0x123, 0x4000_1123)
+    assert [step["address"] for step in path["steps"] if step["stage"] == 1] == [ROOT + 0x10]
+    missing = client.call("ioasid.lookup", ioasid=giova, iova=0x5000)["result"]
+    assert (missing["reason"], missing["stage"], missing["gpa"]) == ("NOT_PRESENT", 1, ROOT + 0x28)
+
+
+def test_an_io_page_fault(client: BlockingClient, ram: Memory) -> None:
+    """5.6: a device asks for a page; the record goes to the user, the guest mends its table, the answer goes back."""
+    gpa = gpa_space(client, DEV1)
+    gva = client.call("ioasid.create_nesting", parent=gpa)
+    client.call("ioasid.bind_pgtable", ioasid=gva, root=ROOT, vendor="amd-v1", levels=1)
+    client.call("vfio.attach_ioasid", rid=DEV1, ioasid=gva, pasid=5)
+    client.call("subscribe", topics=["ioasid.ready"])
+    results: list[Any] = []
+    asking = threading.Thread(
+        target=lambda: results.append(ask_for_a_page(client_path(client), GIOVA + 0x10, pasid=5)), daemon=True
+    )
+    asking.start()
+    told = client.notification(30)
+    assert told is not None and told.method == "ioasid.ready"
+    (record,) = client.call("ioasid.read_faults")["records"]
+    assert (record["recoverable"], record["rid"], record["pasid"], record["cookie"]) == (True, DEV1, 5, 1)
+    assert (record["ioasid"], record["iova"], record["access"], record["group"]) == (gva, GIOVA, "w", 3)
+    assert record["last"] is True
+    ram.put(ROOT + 8 * (GIOVA // PAGE), LEAF.to_bytes(8, "little"))
+    client.call("ioasid.page_response", rid=DEV1, group=3, code="success", pasid=5)
+    asking.join(30)
+    assert results == [{"code": "success"}]
+    assert client.call("endpoint.dma_write", rid=DEV1, iova=GIOVA, data=b"mended", pasid=5) == {"fault": None}
+    assert ram.get(GPA, 6) == b"mended"
+    assert refusal(client, "ioasid.page_response", rid=DEV1, group=3, code="success", pasid=5)[0] == errno.ENOENT
+
+
+def client_path(client: BlockingClient) -> Path:
+    return Path(client.call("vm.status")["socket"])
+
+
+def ask_for_a_page(path: Path, iova: int, pasid: int) -> Any:
+    """As the device: by a connection of its own, which holds it."""
+    with BlockingClient(path) as device:
+        device.call("endpoint.hold", rid=DEV1)
+        return device.call("endpoint.page_request", rid=DEV1, iova=iova, access="w", group=3, pasid=pasid)
+
+
+def test_page_requests_without_an_answer_end(client: BlockingClient, ram: Memory) -> None:
+    """At once where nobody could answer, and when the device leaves."""
+    gpa = gpa_space(client, DEV1)
+    ask = {"rid": DEV1, "iova": GIOVA, "access": "r", "group": 1}
+    assert client.call("endpoint.page_request", pasid=9, **ask) == {"code": "invalid"}
+    gva = client.call("ioasid.create_nesting", parent=gpa)
+    client.call("vfio.attach_ioasid", rid=DEV1, ioasid=gva, pasid=9)
+    assert client.call("endpoint.page_request", pasid=9, last=False, **ask) == {"code": None}
+    results = client.call_many(
+        [
+            ("endpoint.page_request", {**ask, "pasid": 9}),
+            ("vfio.detach_ioasid", {"rid": DEV1, "pasid": 9}),
+        ]
+    )
+    assert results == [{"code": "invalid"}, None]
+
+
+def test_a_pasid_table(client: BlockingClient, ram: Memory) -> None:
+    """5.7: the guest's own PASID table, AMD's GCR3 table here (48882, 2.2.6): one entry of 8 bytes a PASID."""
+    gpa = gpa_space(client, DEV1)
+    child = client.call("ioasid.create_nesting", parent=gpa)
+    gcr3, top, pasid = 0x10000, 0x11000, 5
+    ram.put(gcr3 + 8 * pasid, (top | 1).to_bytes(8, "little"))
+    tables = [top, 0x12000, 0x13000, 0x14000]  # x86, four levels, for addresses below 2 MiB
+    for level, table in enumerate(tables[:-1]):
+        ram.put(table, (tables[level + 1] | 7).to_bytes(8, "little"))
+    ram.put(tables[-1] + 8 * (GIOVA // PAGE), (GPA | 7).to_bytes(8, "little"))
+    client.call("ioasid.bind_pasid_table", ioasid=child, root=gcr3, vendor="amd-gcr3", levels=1)
+    client.call("vfio.attach_ioasid", rid=DEV1, ioasid=child)
+    ram.put(GPA, b"by its own table")
+    answer = client.call("endpoint.dma_read", rid=DEV1, iova=GIOVA, length=16, pasid=pasid)
+    assert answer == {"data": b"by its own table", "fault": None}
+    assert client.call("endpoint.dma_read", rid=DEV1, iova=GIOVA, length=1, pasid=6)["fault"]["pasid_table"] is True
+    # another PASID comes: the guest writes its entry, and needs to tell nobody; it goes, and must
+    ram.put(gcr3 + 8 * pasid, bytes(8))
+    entries = [{"granularity": "pasid", "pasid": pasid}, {"granularity": "nonsense"}]
+    done = client.call("ioasid.invalidate_cache", ioasid=child, entries=entries)
+    assert (done["done"], done["errno"]) == (1, errno.EOPNOTSUPP)
+    assert client.call("endpoint.dma_read", rid=DEV1, iova=GIOVA, length=1, pasid=pasid)["fault"] is not None
+
+
+def test_a_process_by_its_pid(client: BlockingClient) -> None:
+    """The client's whole address space, without sharing anything."""
+    here = ctypes.create_string_buffer(b"in this process", 64)
+    ioasid = client.call("ioasid.alloc", kind="sva", pid=os.getpid())
+    client.call("vfio.bind_ioasid_fd", rid=DEV1)
+    client.call("vfio.attach_ioasid", rid=DEV1, ioasid=ioasid)
+    where = ctypes.addressof(here)
+    assert reads(client, DEV1, where, 15) == b"in this process"
+    assert client.call("endpoint.dma_write", rid=DEV1, iova=where, data=b"IN") == {"fault": None}
+    assert here.value == b"IN this process"
+    assert refusal(client, "ioasid.map_dma", ioasid=ioasid, iova=0, vaddr=PAGE, size=PAGE)[0] == errno.EINVAL
+
+
+def test_dirty_pages_and_registered_memory(client: BlockingClient, ram: Memory) -> None:
+    client.call("ioasid.register_memory", vaddr=VADDR, size=SIZE)
+    gpa = gpa_space(client, DEV1)
+    client.call("ioasid.set_dirty_tracking", ioasid=gpa, on=True)
+    client.call("endpoint.dma_write", rid=DEV1, iova=3 * PAGE, data=b"x")
+    bits = client.call("ioasid.get_dirty_bitmap", ioasid=gpa, iova=0, size=8 * PAGE)
+    assert bits == bytes([0b1000])
+    assert client.call("ioasid.get_dirty_bitmap", ioasid=gpa, iova=0, size=8 * PAGE) == b"\0"
+    assert refusal(client, "ioasid.unregister_memory", vaddr=VADDR, size=SIZE)[0] == errno.EBUSY

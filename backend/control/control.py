@@ -54,7 +54,7 @@ class Control:
         self.contexts.on_opened = self._events.follow
         self._endpoints = Endpoints(self.contexts, endpoints)
         self.looks: Mapping[str, Look] = {
-            **Status(self.contexts, facts).methods(),
+            **Status(self.contexts, lambda: {**facts(), "socket": path}).methods(),
             **self._events.methods(),
             **self._endpoints.methods(),
             "memory.share": share,

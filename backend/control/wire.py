@@ -10,6 +10,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, IntEnum, IntFlag
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from backend.core import Access
@@ -138,6 +139,8 @@ def plain(value: Any) -> Any:
         return {plain(key): plain(each) for key, each in value.items()}
     if isinstance(value, bytearray | memoryview):
         return bytes(value)
+    if isinstance(value, Path):
+        return str(value)
     return [plain(each) for each in value]
 
 
