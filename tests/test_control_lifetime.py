@@ -16,6 +16,7 @@ import msgpack
 import pytest
 from control_serving import FIRST, SIZE, VADDR, Served, counts, memory, refusal, serving
 
+from backend.control.binding import bind_all
 from protocol import BlockingClient
 
 PAGE = 0x1000
@@ -127,25 +128,52 @@ BEGIN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vfio.bind_ioasid_fd", {"rid": FIRST}),
 )
 ATTACHED = (*BEGIN, ("vfio.attach_ioasid", {"rid": FIRST, "ioasid": 1}))
+TRACKED = (*BEGIN, ("ioasid.set_dirty_tracking", {"ioasid": 1, "on": True}))
+REGISTERED = (*BEGIN, ("ioasid.register_memory", {"vaddr": VADDR, "size": PAGE}))
+MAPPED = (*ATTACHED, ("ioasid.map_dma", {"ioasid": 1, "iova": 0, "vaddr": VADDR, "size": 1 << 20}))
+GCR3 = {"ioasid": 2, "root": 0x3000, "vendor": "amd-gcr3", "levels": 1}
 CALLS: tuple[tuple[tuple[tuple[str, dict[str, Any]], ...], str, dict[str, Any]], ...] = (
+    (BEGIN, "ioasid.check_extension", {"extension": "lookup"}),
+    (BEGIN, "ioasid.register_memory", {"vaddr": VADDR, "size": PAGE}),
+    (REGISTERED, "ioasid.unregister_memory", {"vaddr": VADDR, "size": PAGE}),
     (BEGIN, "ioasid.alloc", {"kind": "kernel", "levels": 5}),
+    (BEGIN, "ioasid.alloc", {"kind": "sva", "pid": os.getpid()}),
+    (BEGIN, "ioasid.alloc", {"kind": "vm"}),
+    (BEGIN, "ioasid.alloc", {"kind": "user", "parent": 1, "root": 0x3000}),
     (BEGIN, "ioasid.free", {"ioasid": 2}),
     (BEGIN, "ioasid.get_info", {"ioasid": 2}),
+    (BEGIN, "ioasid.map_dma", {"ioasid": 1, "iova": 0, "vaddr": VADDR, "size": 1 << 20}),
+    (MAPPED, "ioasid.unmap_dma", {"ioasid": 1, "iova": 0, "size": 1 << 20}),
+    (MAPPED, "ioasid.create_nesting", {"parent": 1, "kind": "kernel"}),
     (BEGIN, "ioasid.create_nesting", {"parent": 1}),
     (BEGIN, "ioasid.bind_pgtable", {"ioasid": 2, "root": 0x3000, "levels": 3}),
     ((*BEGIN, ("ioasid.bind_pgtable", {"ioasid": 2, "root": 0x3000})), "ioasid.unbind_pgtable", {"ioasid": 2}),
+    (BEGIN, "ioasid.bind_pasid_table", GCR3),
+    ((*BEGIN, ("ioasid.bind_pasid_table", GCR3)), "ioasid.unbind_pasid_table", {"ioasid": 2}),
     (BEGIN, "ioasid.invalidate_cache", {"ioasid": 2}),
+    (BEGIN, "ioasid.lookup", {"ioasid": 2, "iova": 0}),
+    (BEGIN, "ioasid.set_dirty_tracking", {"ioasid": 1, "on": True}),
+    (TRACKED, "ioasid.get_dirty_bitmap", {"ioasid": 1, "iova": 0, "size": 1 << 30}),
+    (ATTACHED, "ioasid.read_faults", {}),
+    (ATTACHED, "ioasid.page_response", {"rid": FIRST, "group": 1, "code": "success"}),
     (BEGIN[:2], "vfio.bind_ioasid_fd", {"rid": FIRST}),
     (BEGIN, "vfio.unbind_ioasid_fd", {"rid": FIRST}),
     (BEGIN, "vfio.attach_ioasid", {"rid": FIRST, "ioasid": 1}),
     (ATTACHED, "vfio.attach_ioasid", {"rid": FIRST, "ioasid": 2, "pasid": 9}),
     (ATTACHED, "vfio.detach_ioasid", {"rid": FIRST}),
+    (ATTACHED, "kvm.map_pasid", {"pasid": 9, "ioasid": 1}),
+    (ATTACHED, "kvm.unmap_pasid", {"pasid": 9}),
     (ATTACHED, "endpoint.dma_read", {"rid": FIRST, "iova": 0, "length": 1 << 20}),
     (ATTACHED, "endpoint.dma_write", {"rid": FIRST, "iova": 0, "data": bytes(1 << 20)}),
+    (ATTACHED, "endpoint.page_request", {"rid": FIRST, "iova": 0, "access": "w", "group": 1}),
     (BEGIN, "endpoint.hold", {"rid": FIRST}),
     (BEGIN, "subscribe", {}),
     (BEGIN, "vm.spaces", {}),
 )
+
+
+def test_no_command_is_left_out() -> None:
+    assert {method for _, method, _ in CALLS} >= bind_all().keys()
 
 
 @pytest.mark.parametrize(("before", "method", "fields"), CALLS, ids=[method for _, method, _ in CALLS])

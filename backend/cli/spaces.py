@@ -90,6 +90,13 @@ def headline(space: Record) -> str:
         words.append(f"{fmt['vendor']} {_count(fmt['levels'], 'level')}")
     if space["address_width"] is not None:
         words.append(f"{space['address_width']} bits")
+    table = space["pasid_table"]
+    if table is not None:
+        words.append(f"PASID table {table['vendor']}")
+    if space["pid"] is not None:
+        words.append(f"process {space['pid']}")
+    if space["enforce_snoop"]:
+        words.append("snoop enforced")
     if space["root"] is not None:
         words.append(f"root {space['root']:#x}")
     elif space["kind"] == "user":
