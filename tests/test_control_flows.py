@@ -211,7 +211,7 @@ def ask_for_a_page(path: Path, iova: int, pasid: int) -> Any:
 def test_page_requests_without_an_answer_end(client: BlockingClient, ram: Memory) -> None:
     """At once where nobody could answer, and when the device leaves."""
     gpa = gpa_space(client, DEV1)
-    ask = {"rid": DEV1, "iova": GIOVA, "access": "r", "group": 1}
+    ask: dict[str, Any] = {"rid": DEV1, "iova": GIOVA, "access": "r", "group": 1}
     assert client.call("endpoint.page_request", pasid=9, **ask) == {"code": "invalid"}
     gva = client.call("ioasid.create_nesting", parent=gpa)
     client.call("vfio.attach_ioasid", rid=DEV1, ioasid=gva, pasid=9)

@@ -87,7 +87,7 @@ class Control:
 
 
 def share(session: Session, params: Params) -> dict[str, Any]:
-    """Let the client's [`vaddr`, `vaddr` + `size`) be the memfd sent along, from `offset` on, for MAP_DMA."""
+    """Let the client's [`vaddr`, `vaddr` + `size`) be the memfd sent along, from [`offset`] on, for MAP_DMA."""
     vaddr = params.number("vaddr", 1 << 64)
     size = params.number("size", 1 << 64)
     offset = params.number("offset", 1 << 63, 0)
@@ -101,7 +101,7 @@ def share(session: Session, params: Params) -> dict[str, Any]:
 
 
 def unshare(session: Session, params: Params) -> None:
-    """Take it back: DMA to what an IOASID still maps of it faults."""
+    """Take [`vaddr`, `vaddr` + `size`) back: DMA to what an IOASID still maps of it faults."""
     vaddr = params.number("vaddr", 1 << 64)
     size = params.number("size", 1 << 64)
     params.end()

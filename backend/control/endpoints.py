@@ -64,33 +64,33 @@ class Endpoints:
         return [self._described(self._engine.devices[rid], session) for rid in sorted(self._rids)]
 
     def hold(self, session: Session, params: Params) -> None:
-        """Keep what the endpoint is bound to alive when the connection that bound it goes; allows DMA with it."""
+        """Keep what endpoint `rid` is bound to alive when the connection that bound it goes; allows DMA with it."""
         device = self._device(params)
         params.end()
         self._contexts.hold(session, device.rid)
 
     def release(self, session: Session, params: Params) -> None:
-        """Give a hold up."""
+        """Give the hold of `rid` up."""
         device = self._device(params)
         params.end()
         self._contexts.release(session, device.rid)
 
     def dma_read(self, session: Session, params: Params) -> Answer:
-        """`length` bytes at `iova`."""
+        """Read `length` bytes, 1 MiB at most: `data`."""
         device, iova, pasid = self._request(session, params)
         length = params.number("length", MAX_MOVE + 1)
         params.end()
         return _read("data", device.port.read(iova, length, pasid))
 
     def dma_write(self, session: Session, params: Params) -> Answer:
-        """`data` to `iova`."""
+        """Write `data`, 1 MiB at most."""
         device, iova, pasid = self._request(session, params)
         data = params.data("data", MAX_MOVE)
         params.end()
         return _done(device.port.write(iova, data, pasid))
 
     def dma_fill(self, session: Session, params: Params) -> Answer:
-        """A `pattern` of `width` bytes over and over."""
+        """Write [`pattern`] of [`width`] bytes over and over, `length` bytes, 16 MiB at most."""
         device, iova, pasid = self._request(session, params)
         length = params.number("length", MAX_BULK + 1)
         width = params.one_of("width", (1, 2, 4, 8), 1)
@@ -99,7 +99,7 @@ class Endpoints:
         return _done(device.port.fill(iova, length, pattern, width, pasid))
 
     def dma_copy(self, session: Session, params: Params) -> Answer:
-        """From `iova` to `target`, which may be an address under another PASID."""
+        """Copy `length` bytes, 16 MiB at most, to `target`, which [`target_pasid`] may have another PASID for."""
         device, iova, pasid = self._request(session, params)
         target = params.number("target", 1 << 64)
         length = params.number("length", MAX_BULK + 1)
@@ -108,7 +108,7 @@ class Endpoints:
         return _done(device.port.copy(iova, target, length, pasid, target_pasid=target_pasid))
 
     def store(self, session: Session, params: Params) -> Answer:
-        """One aligned store."""
+        """One aligned store of `value`, `width` (1, 2, 4, 8) bytes."""
         device, iova, pasid = self._request(session, params)
         width = params.one_of("width", WIDTHS["store"])
         value = params.number("value", 1 << 8 * width)
@@ -116,14 +116,14 @@ class Endpoints:
         return _done(device.port.store(iova, value, width, pasid))
 
     def load(self, session: Session, params: Params) -> Answer:
-        """One aligned load."""
+        """One aligned load of `width` (1, 2, 4, 8) bytes: `value`."""
         device, iova, pasid = self._request(session, params)
         width = params.one_of("width", WIDTHS["load"])
         params.end()
         return _read("value", device.port.load(iova, width, pasid))
 
     def fetch_add(self, session: Session, params: Params) -> Answer:
-        """AtomicOp FetchAdd; answers with the value before."""
+        """AtomicOp FetchAdd of `value`, `width` (4, 8) bytes: `value` is what was there before."""
         device, iova, pasid = self._request(session, params)
         width = params.one_of("width", WIDTHS["fetch_add"])
         value = params.number("value", 1 << 8 * width)
@@ -131,7 +131,7 @@ class Endpoints:
         return _read("value", device.port.fetch_add(iova, value, width, pasid))
 
     def swap(self, session: Session, params: Params) -> Answer:
-        """AtomicOp Swap; answers with the value before."""
+        """AtomicOp Swap for `value`, likewise."""
         device, iova, pasid = self._request(session, params)
         width = params.one_of("width", WIDTHS["swap"])
         value = params.number("value", 1 << 8 * width)
@@ -139,7 +139,7 @@ class Endpoints:
         return _read("value", device.port.swap(iova, value, width, pasid))
 
     def compare_exchange(self, session: Session, params: Params) -> Answer:
-        """AtomicOp CAS; answers with the value before."""
+        """AtomicOp CAS of `compare` for `value`, likewise."""
         device, iova, pasid = self._request(session, params)
         width = params.one_of("width", WIDTHS["compare_exchange"])
         compare = params.number("compare", 1 << 8 * width)
@@ -148,8 +148,9 @@ class Endpoints:
         return _read("value", device.port.compare_exchange(iova, compare, value, width, pasid))
 
     async def page_request(self, session: Session, params: Params) -> Answer:
-        """Ask for the page at `iova` (PRI) as one of page request group `group`, and if it is the `last` one of it,
-        wait for the answer: `code` is success, invalid or failure; None where others of the group are to come."""
+        """Ask for `access` to the page at `iova` (PRI) as one of page request group `group`, and if it is the
+        [`last`] one of it (it is, if nothing is said), wait for the answer: `code` is success, invalid or failure; nil
+        where others of the group are to come."""
         device, iova, pasid = self._request(session, params)
         access = params.access("access")
         group = params.number("group", MAX_GROUP + 1)

@@ -46,7 +46,7 @@ class Events:
         return {"subscribe": self.subscribe, "unsubscribe": self.unsubscribe, "vm.faults": self.faults}
 
     def subscribe(self, session: Session, params: Params) -> list[str]:
-        """Notify this connection of `topics` too (all that begin with "ioasid.", if none are named); answers with all
+        """Notify this connection of [`topics`] too (all that begin with "ioasid.", if none are named); answers with all
         that it has."""
         topics = params.words("topics", TOPICS, default=OWN_TOPICS)
         params.end()
@@ -56,7 +56,7 @@ class Events:
         return sorted(topic for topic, sessions in self._subscribers.items() if session in sessions)
 
     def unsubscribe(self, session: Session, params: Params) -> None:
-        """Notify it no more of `topics` (of any, if none are named)."""
+        """Notify it no more of [`topics`] (of any, if none are named)."""
         topics = params.words("topics", TOPICS, default=TOPICS)
         params.end()
         for topic in topics:
@@ -79,7 +79,7 @@ class Events:
         self._watch()
 
     def faults(self, session: Session, params: Params) -> dict[str, Any]:
-        """Faults of all devices that are kept, oldest first, those after the one numbered `after`."""
+        """Faults of all devices that are kept, oldest first, those after number [`after`], [`limit`] at most."""
         del session
         after = params.number("after", 1 << 63, 0)
         limit = params.number("limit", MAX_ANSWER + 1, MAX_ANSWER)

@@ -79,7 +79,7 @@ class Status:
         ]
 
     def spaces(self, session: Session, params: Params) -> dict[str, Any]:
-        """IOASIDs of `context` (the caller's own, if it is left out) with numbers above `after`, lowest first."""
+        """IOASIDs of [`context`] (else the caller's own) with numbers above [`after`], lowest first, [`limit`] at most."""
         number = params.optional("context", 1 << 63)
         after = params.number("after", 1 << 32, 0)
         limit = params.number("limit", MAX_ANSWER + 1, MAX_ANSWER)
@@ -94,7 +94,7 @@ class Status:
         }
 
     def devices(self, session: Session, params: Params) -> dict[str, Any]:
-        """Devices with RIDs from `first` on: name, context, cookie, and what their requests went through."""
+        """Devices with RIDs from [`first`] on: name, context, cookie, and what their requests went through."""
         del session
         first = params.number("first", 1 << 16, 0)
         params.end()
