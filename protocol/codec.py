@@ -10,6 +10,7 @@ its msgid, but is nested or has values beyond the limit, has text that is no UTF
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -159,21 +160,27 @@ def _unusable(packed: bytearray, sentence: str) -> Message:
     """What to make of a whole message that cannot be built or used: its head says what it was to be."""
     head = msgpack.Unpacker(max_buffer_size=0)
     head.feed(packed)
-    kind: object = None
-    msgid: object = None
-    try:
+    kind = msgid = None
+    with contextlib.suppress(ValueError):  # no array
         if head.read_array_header() > 1:
-            kind = head.unpack()
-            msgid = None if kind == NOTIFICATION else head.unpack()
-    except (ValueError, TypeError):
-        pass  # the head itself is what cannot be built
-    if type(kind) is int and kind == NOTIFICATION:
+            kind = _integer(head, packed)
+            msgid = _integer(head, packed) if kind in (REQUEST, RESPONSE) else None
+    if kind == NOTIFICATION:
         return Ignored()
-    if type(kind) is not int or kind not in (REQUEST, RESPONSE) or not isinstance(msgid, int) or not is_msgid(msgid):
-        raise Malformed(errno.EPROTO, f"{sentence}, and its head says no more")
-    return (
-        Unusable(msgid, errno.EINVAL, sentence) if kind == REQUEST else Response(msgid, [errno.EBADMSG, sentence], None)
-    )
+    if msgid is None or not is_msgid(msgid):
+        raise Malformed(errno.EPROTO, f"{sentence}, and its head does not say which request it is")
+    if kind == REQUEST:
+        return Unusable(msgid, errno.EINVAL, sentence)
+    return Response(msgid, [errno.EBADMSG, sentence], None)
+
+
+def _integer(head: Any, packed: bytearray) -> int | None:
+    """The next value if it is a whole number. Nothing else is built, for it may be large."""
+    code = packed[head.tell()]
+    if code < 0x80 or 0xCC <= code <= 0xD3:
+        number: int = head.unpack()
+        return number
+    return None
 
 
 class Encoder:

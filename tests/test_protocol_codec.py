@@ -201,6 +201,20 @@ def test_the_limit_of_values_is_exact() -> None:
     assert isinstance(decode(of(101), Limits(values=101))[0], Request)
 
 
+@pytest.mark.parametrize("head", [b"\x92", b"\x92\x00", b"\x94\x00\x07", b"\x94\x00\x07\xa1m"])
+def test_too_many_values_are_not_built_wherever_they_stand(head: bytes) -> None:
+    decoder = Decoder(Limits())
+    after = head[0] - 0x90 - len(head) + (1 if b"m" in head else 0)  # values that the message has besides
+    decoder.feed(head + b"\xdd\x00\x0f\x00\x00" + b"\x90" * 0xF0000 + b"\x90" * after)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(Malformed):
+            assert isinstance(decoder.next(), Unusable)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20  # the bytes, not a million arrays
+    finally:
+        tracemalloc.stop()
+
+
 def count(value: Any) -> int:
     """Values within a value, by recursion over what was built."""
     if isinstance(value, list):
