@@ -67,6 +67,11 @@ async def later(session: OneSession, fields: dict[str, Any]) -> Any:
     return fields.get("value")
 
 
+def work(session: OneSession, fields: dict[str, Any]) -> None:
+    """Takes `seconds`, in which the loop does nothing else."""
+    time.sleep(fields["seconds"])
+
+
 def notify(session: OneSession, fields: dict[str, Any]) -> None:
     """Sends `count` notifications "tick" with their number and `size` bytes."""
     for number in range(fields["count"]):
@@ -109,6 +114,7 @@ METHODS: dict[str, Method] = {
     "read_files_later": read_files_later,
     "refuse": refuse,
     "tell": tell,
+    "work": work,
 }
 
 

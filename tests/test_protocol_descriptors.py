@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,19 @@ def test_a_request_in_pieces_keeps_its_files(client: RawClient) -> None:
         client.socket.sendall(packed[sent:-5])
         send_with(client.socket, packed[-5:], made[1:])
     assert client.receive() == [1, 1, None, [b"first", b"last"]]
+
+
+def test_the_first_byte_of_a_request_may_bring_them(serving: RpcServing, client: RawClient) -> None:
+    """Read together with the request before, which they do not belong to."""
+    packed = request(2, "read_files")
+    with files(b"x") as made:
+        for _ in range(5):
+            serving.loop.call_soon_threadsafe(time.sleep, 0.02)
+            client.socket.sendall(request(1, "read_files"))
+            send_with(client.socket, packed[:1], made)
+            client.socket.sendall(packed[1:])
+            assert client.receive() == [1, 1, None, []]
+            assert client.receive() == [1, 2, None, [b"x"]]
 
 
 def test_a_large_request_in_one_call_keeps_its_files(client: RawClient) -> None:

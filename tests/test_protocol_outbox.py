@@ -29,6 +29,10 @@ def test_replies_come_before_notifications_and_the_end_comes_last() -> None:
     assert box
     assert drain(box) == b"r1r2n1n2end"
     assert not box
+    for _ in range(5):
+        box.notify(b"x" * 20_000)
+    box.end(b"end")
+    assert drain(box) == b"x" * 100_000 + b"end"
 
 
 def test_the_oldest_notifications_go_and_are_counted() -> None:

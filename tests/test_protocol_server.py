@@ -141,7 +141,7 @@ def test_pipelined_requests_are_answered_in_order(client: RawClient) -> None:
 
 def test_the_last_words_of_a_client_are_answered(client: RawClient) -> None:
     """As `printf ... | nc -U` leaves a connection: closed on its side, reading on."""
-    client.send(*([0, n, "blob", [{"size": 1000}]] for n in range(50)))
+    client.send(*([0, n, "blob", [{"size": 100_000}]] for n in range(50)))
     client.socket.shutdown(socket.SHUT_WR)
     assert [reply[1] for reply in client.rest()] == list(range(50))
 
