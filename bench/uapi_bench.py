@@ -1,4 +1,5 @@
-"""The uAPI: commands a second over the control socket, ALLOC+BIND+ATTACH among many IOASIDs.
+"""The uAPI: commands a second over the control socket, page requests there and back, ALLOC+BIND+ATTACH among many
+IOASIDs.
 
 Rates over the socket stand beside the least code that can answer MessagePack-RPC at all: one blocking loop in Python
 that unpacks requests and packs a constant answer. Both serve the same client, in turns, from a process of their own.
@@ -6,6 +7,7 @@ that unpacks requests and packs a constant answer. Both serve the same client, i
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -24,6 +26,7 @@ import msgpack
 
 from backend.ioasid import Context, Engine, Kind
 from bench.result import Result
+from protocol import Client
 
 ROUNDS = 5
 COMMANDS = 20_000
@@ -40,7 +43,7 @@ SMALL = ("ioasid.invalidate_cache", {"ioasid": 2, "granularity": "range", "iova"
 
 def results() -> list[Result]:
     """All of it."""
-    return [*rates(), *populations()]
+    return [*rates(), page_requests(), *populations()]
 
 
 # Commands over the socket
@@ -145,6 +148,57 @@ def _answer(listener: socket.socket) -> None:
         while data := connection.recv(1 << 16):
             requests.feed(data)
             connection.sendall(b"".join([pack([1, msgid, None, None]) for _, msgid, _, _ in requests]))
+
+
+# Page requests
+
+
+def page_requests() -> Result:
+    """From a device's page request to its answer: over the socket the client is told, reads the record, and answers.
+
+    The floor are three calls of the same client that do nothing: as many as go back and forth.
+    """
+    with tempfile.TemporaryDirectory(prefix="vioasid-") as folder:
+        path = Path(folder) / "s"
+        with _served(path):
+            there, calls = asyncio.run(_page_requests(path))
+    cost, floor = statistics.median(there), 3 * statistics.median(calls)
+    return {
+        "name": "page request, told, read and answered",
+        "value": cost,
+        "unit": "us",
+        "floor": floor,
+        "ratio": cost / floor,
+        "target": None,
+        "met": None,
+    }
+
+
+async def _page_requests(path: Path) -> tuple[list[float], list[float]]:
+    """Microseconds of each page request, and of each call that does nothing."""
+    there: list[float] = []
+    calls: list[float] = []
+    async with await Client.connect(path) as device, await Client.connect(path) as user:
+        parent = await user.call("ioasid.alloc")
+        await user.call("vfio.bind_ioasid_fd", rid=RID)
+        await user.call("vfio.attach_ioasid", rid=RID, ioasid=parent)
+        await user.call("subscribe", topics=["ioasid.ready"])
+        await device.call("endpoint.hold", rid=RID)
+        told = user.notifications()
+        for _ in range(REPEATS):
+            begin = time.perf_counter()
+            asked = asyncio.ensure_future(
+                device.call("endpoint.page_request", rid=RID, iova=0x1000, access="w", group=1)
+            )
+            await anext(told)
+            (record,) = (await user.call("ioasid.read_faults"))["records"]
+            await user.call("ioasid.page_response", rid=record["rid"], group=record["group"], code="success")
+            await asked
+            there.append((time.perf_counter() - begin) * 1e6)
+            begin = time.perf_counter()
+            await user.call("ioasid.check_extension", extension="none")
+            calls.append((time.perf_counter() - begin) * 1e6)
+    return there, calls
 
 
 # Among many IOASIDs

@@ -79,7 +79,7 @@ class Status:
         ]
 
     def spaces(self, session: Session, params: Params) -> dict[str, Any]:
-        """IOASIDs of [`context`] (else the caller's own) with numbers above [`after`], lowest first, [`limit`] at most."""
+        """IOASIDs of [`context`] (the caller's) with numbers above [`after`], lowest first, [`limit`] at most."""
         number = params.optional("context", 1 << 63)
         after = params.number("after", 1 << 32, 0)
         limit = params.number("limit", MAX_ANSWER + 1, MAX_ANSWER)
