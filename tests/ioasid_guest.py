@@ -32,10 +32,10 @@ class Clock:
 
 
 class Guest:
-    """64 pages of RAM, mapped at GOLDEN; an engine with two devices bound to a context."""
+    """RAM, mapped at GOLDEN; an engine with two devices bound to a context."""
 
-    def __init__(self, traits: Traits | None = None) -> None:
-        self.ram = Ram(64 * PAGE)
+    def __init__(self, traits: Traits | None = None, *, pages: int = 64) -> None:
+        self.ram = Ram(pages * PAGE)
         self._libc = ctypes.CDLL(None)
         self._libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
         self._libc.mmap.restype = ctypes.c_void_p

@@ -45,6 +45,7 @@ class AllocationCommands(TableCommands):
         output_width: int = 0,
         upper_root: int | None = None,
         upper_address_width: int = 0,
+        upper_granule: int = 0,
         options: Sequence[str] = (),
         parent: int | None = None,
         root: int | None = None,
@@ -67,6 +68,7 @@ class AllocationCommands(TableCommands):
             "output_width": output_width,
             "upper_root": upper_root,
             "upper_address_width": upper_address_width,
+            "upper_granule": upper_granule,
             "options": options,
         }
         given = {"kind": kind, "parent": parent, "root": root, "pid": pid, "enforce_snoop": enforce_snoop}
@@ -76,7 +78,7 @@ class AllocationCommands(TableCommands):
         kind = Kind(kind)
         fmt = PgtableFormat(
             vendor, levels, accessed, dirty, address_width, granule, output_width, upper_root,
-            upper_address_width, tuple(options),
+            upper_address_width, upper_granule, tuple(options),
         )  # fmt: skip
         self._refuse_mismatch(command, kind, parent, root, pid)
         above = self._parent(command, parent) if parent is not None else None

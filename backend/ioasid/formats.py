@@ -36,7 +36,9 @@ class PgtableFormat:
     upper_root: int | None = None
     """Arm stage 1: GPA of the root table of the upper range (TTBR1); None: it is switched off."""
     upper_address_width: int = 0
-    """Of the upper range; `granule` is that of both."""
+    """Of the upper range; 0: as of the lower."""
+    upper_granule: int = 0
+    """Of the upper range; 0: as of the lower."""
     options: tuple[str, ...] = ()
     """Names that the format's row lists."""
 
@@ -69,7 +71,7 @@ class FormatRule:
     @property
     def options(self) -> tuple[str, ...]:
         """Names for PgtableFormat.options: what is on by default goes under "no-"."""
-        return tuple(_options(self.table_class))
+        return (*_options(self.table_class), *(_RANGES if self.table_class is core.ArmStage1 else ()))
 
     @property
     def has_trees(self) -> bool:
@@ -111,10 +113,11 @@ class FormatRule:
         options = _options(self.table_class)
         given: dict[str, Any] = {}
         for option in fmt.options:
-            if option not in options:
-                raise ValueError(f"an option {option!r}: {self.vendor} has {', '.join(options) or 'none'}")
-            name, value = options[option]
-            given[name] = value
+            if option not in self.options:
+                raise ValueError(f"an option {option!r}: {self.vendor} has {', '.join(self.options) or 'none'}")
+            if option in options:
+                name, value = options[option]
+                given[name] = value
         if fmt.output_width:
             if "output_bits" not in names:
                 raise ValueError(f"an output width of {fmt.output_width} bits: {self.vendor} has one alone")
@@ -131,13 +134,9 @@ class FormatRule:
             raise ValueError(f"an upper range: {self.vendor} has one range alone")
         if not self.has_trees:
             return {**given, "levels": fmt.levels}
-        tree = core.ArmTree(fmt.address_width, fmt.granule, fmt.levels)
         if "upper" not in names:
-            return {**given, "tree": tree}
-        upper = None
-        if fmt.upper_root is not None:
-            upper = core.ArmTree(fmt.upper_address_width or fmt.address_width, fmt.granule, root=fmt.upper_root)
-        return {**given, "lower": tree, "upper": upper}
+            return {**given, "tree": core.ArmTree(fmt.address_width, fmt.granule, fmt.levels)}
+        return {**given, "lower": _arm_lower(fmt), "upper": _arm_upper(fmt)}
 
     def address_width(self, fmt: PgtableFormat, *, host: bool = False) -> int:
         """Bits of an input address that a table of this format translates; `host`: one that the host builds."""
@@ -159,6 +158,25 @@ class FormatRule:
         stride = page - 3 if self.has_trees else self.index_bits
         leaves = self.leaf_levels if fmt.granule == PAGE_SIZE else 2  # Arm's larger granules have blocks at one level
         return tuple(fmt.granule << stride * level for level in range(min(fmt.levels, leaves)))
+
+
+_RANGES = ("no-lower", "ignore-top-byte", "upper-ignore-top-byte", "no-hierarchical", "no-upper-hierarchical")
+"""Options of Arm's stage 1 that are a range's: EPD0, TBI0, TBI1, HAD0, HAD1."""
+
+
+def _arm_lower(fmt: PgtableFormat) -> core.ArmTree | None:
+    if "no-lower" in fmt.options:
+        return None
+    top, flat = "ignore-top-byte" in fmt.options, "no-hierarchical" in fmt.options
+    return core.ArmTree(fmt.address_width, fmt.granule, fmt.levels, top, not flat)
+
+
+def _arm_upper(fmt: PgtableFormat) -> core.ArmTree | None:
+    if fmt.upper_root is None:
+        return None
+    width, granule = fmt.upper_address_width or fmt.address_width, fmt.upper_granule or fmt.granule
+    top, flat = "upper-ignore-top-byte" in fmt.options, "no-upper-hierarchical" in fmt.options
+    return core.ArmTree(width, granule, None, top, not flat, fmt.upper_root)
 
 
 def _options(table: type[core.TableFormat]) -> dict[str, tuple[str, Any]]:

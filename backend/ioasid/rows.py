@@ -24,6 +24,7 @@ FORMAT = (
     Field("output_width", Unit.BITS, True, "of the addresses in entries; 0: the usual one"),
     Field("upper_root", Unit.TABLE, True, "Arm stage 1: GPA of the root table of the upper range"),
     Field("upper_address_width", Unit.BITS, True, "of the upper range"),
+    Field("upper_granule", Unit.BYTES, True, "of the upper range"),
     Field("options", Unit.NAMES, True, "of the format, as GET_INFO lists them"),
 )
 
