@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from backend.cli.supervisor import guarded
-from bench import core_bench, mmio_bench, scale_bench, table_bench, walk_bench
+from bench import core_bench, mmio_bench, rpc_bench, scale_bench, sva_bench, table_bench, uapi_bench, walk_bench
 from bench.result import Result
 
 SUITES: dict[str, Callable[[], Sequence[Result]]] = {
@@ -23,6 +23,9 @@ SUITES: dict[str, Callable[[], Sequence[Result]]] = {
     "table": table_bench.results,
     "scale": scale_bench.results,
     "mmio": mmio_bench.results,
+    "rpc": rpc_bench.results,
+    "uapi": uapi_bench.results,
+    "sva": sva_bench.results,
 }
 
 

@@ -6,10 +6,13 @@ import pytest
 
 from backend.core import Access
 from backend.ioasid import COMMANDS, IoasidError, Kind
-from backend.ioasid.commands import MAP_DMA
+from backend.ioasid.rows_memory import MAP_DMA
 
 # "[RFC] /dev/ioasid uAPI proposal" v1, section 4.1: IOASID_BASE + n.
 V1 = {
+    "CHECK_EXTENSION": 0,
+    "REGISTER_MEMORY": 1,
+    "UNREGISTER_MEMORY": 2,
     "ALLOC": 3,
     "FREE": 4,
     "GET_INFO": 5,
@@ -18,6 +21,8 @@ V1 = {
     "CREATE_NESTING": 8,
     "BIND_PGTABLE": 9,
     "UNBIND_PGTABLE": 10,
+    "BIND_PASID_TABLE": 11,
+    "UNBIND_PASID_TABLE": 12,
     "INVALIDATE_CACHE": 13,
 }
 
@@ -35,9 +40,11 @@ def test_each_row_says_what_a_reader_needs() -> None:
 
 
 def test_kinds() -> None:
-    only_kernel = {"MAP_DMA", "UNMAP_DMA", "CREATE_NESTING"}
-    only_user = {"BIND_PGTABLE", "UNBIND_PGTABLE", "INVALIDATE_CACHE"}
+    only_kernel = {"MAP_DMA", "UNMAP_DMA", "SET_DIRTY_TRACKING", "GET_DIRTY_BITMAP"}
+    tables = {"BIND_PGTABLE", "UNBIND_PGTABLE", "BIND_PASID_TABLE", "UNBIND_PASID_TABLE"}
+    only_user = tables | {"INVALIDATE_CACHE"}
     assert {name for name, command in COMMANDS.items() if command.kinds == {Kind.KERNEL}} == only_kernel
+    assert COMMANDS["CREATE_NESTING"].kinds == {Kind.KERNEL, Kind.VM}
     assert {name for name, command in COMMANDS.items() if command.kinds == {Kind.USER}} == only_user
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from backend.core import Access, Fault, Reason
-from backend.ioasid import Context, Engine, IoasidError
+from backend.ioasid import Context, Engine, IoasidError, Kind
 from backend.vm.memory import MappedExtent, VmMemory
 
 R, RW = Access.READ, Access.READ | Access.WRITE
@@ -37,11 +37,11 @@ class Vm:
     def __init__(self) -> None:
         self.engine = Engine()
         self.ctx: Context = self.engine.open()
-        self.stage2 = self.ctx.alloc()
+        self.stage2 = self.ctx.alloc(Kind.VM)
         self.port = self.engine.add_device(PROBE, "probe").port
         self.ctx.bind_device(PROBE)
         self.ctx.attach(PROBE, self.stage2)
-        self.memory = VmMemory(self.ctx, self.stage2)
+        self.memory = VmMemory(self.engine.vm_memory, self.ctx.get_info(self.stage2).address_width or 0)
 
     def writable(self, gpa: int) -> bool:
         return not isinstance(self.engine.core.translate(PROBE, gpa, Access.WRITE), Fault)
@@ -137,8 +137,8 @@ def address_space() -> int:
 def test_same_words_again_cost_no_commands(vm: Vm, ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
     vm.memory.map("a", Region(0, ram.size, ram.hva))
     commands: list[str] = []
-    for name in ("map_dma", "unmap_dma"):
-        monkeypatch.setattr(vm.ctx, name, lambda *args, name=name: commands.append(name))
+    for name in ("map", "unmap"):
+        monkeypatch.setattr(vm.engine.vm_memory, name, lambda *args, name=name: commands.append(name))
     again = ram.map_again(0, ram.size)
     vm.memory.map("b", Region(0, ram.size, again.hva))
     vm.memory.map("b", Region(0, ram.size, again.hva))
@@ -237,13 +237,13 @@ def test_firmware_of_two_functions(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> N
     for gpa in (0x1000, 0xC4000, 0xE9000, 0xFF000, 0x1FFFF000):
         ram.poke(gpa, b"%08x" % gpa)
     large = [0]
-    real = vm.ctx.map_dma
+    real = vm.engine.vm_memory.map
 
-    def counted(ioasid: int, iova: int, vaddr: int, size: int, access: Access = RW) -> None:
-        large[0] += iova == HIGH[0]
-        real(ioasid, iova, vaddr, size, access)
+    def counted(gpa: int, hva: int, size: int, access: Access) -> None:
+        large[0] += gpa == HIGH[0]
+        real(gpa, hva, size, access)
 
-    monkeypatch.setattr(vm.ctx, "map_dma", counted)
+    monkeypatch.setattr(vm.engine.vm_memory, "map", counted)
     mapped: dict[str, dict[tuple[int, int], Mapping | None]] = {"iommu": {}, "nvme": {}}
 
     def say(function: str, step: Step) -> None:
@@ -353,14 +353,14 @@ def test_bounds(vm: Vm, ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stage2_that_refuses_leaves_all_as_it_was(vm: Vm, ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
     vm.memory.map("a", Region(0, ram.size, ram.hva))
     before, mapped = vm.memory.extents, mappings_of(ram.fd)
-    monkeypatch.setattr("backend.ioasid.context.MAX_MAPPINGS", 2)
-    with pytest.raises(IoasidError, match="2 mappings"):
+    monkeypatch.setattr("backend.ioasid.vm_memory.MAX_MAPPINGS", 2)
+    with pytest.raises(IoasidError, match="of 2 extents"):
         vm.memory.map("b", Region(PAGE, PAGE, ram.hva, R))
     assert vm.memory.extents == before and mappings_of(ram.fd) == mapped
     assert vm.port.read(PAGE, 8) == tag(0, 1) and vm.writable(PAGE)
     monkeypatch.undo()
     vm.memory.map("b", Region(PAGE, PAGE, ram.hva, R))
-    monkeypatch.setattr("backend.ioasid.context.MAX_MAPPINGS", 0)
+    monkeypatch.setattr("backend.ioasid.vm_memory.MAX_MAPPINGS", 0)
     with pytest.raises(IoasidError):
         vm.memory.unmap("b", Region(PAGE, PAGE, None))
     assert vm.memory.regions("b") == 0

@@ -19,7 +19,7 @@ from backend.vm.machine import Machine
 from backend.vm.parts import Parts
 from backend.vm.progress import notice, shown
 from backend.vm.report import Report
-from backend.vm.run_folder import RunFolder
+from backend.vm.run_folder import CONTROL, RunFolder
 from backend.vm.summary import report_of
 
 
@@ -65,9 +65,10 @@ def _boot(machine: Machine, args: argparse.Namespace, folder: RunFolder) -> int:
         parts = Parts.gather(machine, kernel=args.kernel, initrd=args.initrd, accel=args.accel)
         sockets = {function.name: folder.socket(function.name) for function in machine.functions}
         folder.socket("monitor")  # said now if it is too long, not in the middle
+        control = folder.socket(CONTROL)
 
         async def boot() -> Report:
-            backend = Backend(machine, sockets, disks, parts.libvfio_user)
+            backend = Backend(machine, sockets, disks, parts.libvfio_user, control=control)
             return await _run(backend, Boot(backend, parts, folder, progress), full=args.full)
 
         report = asyncio.run(boot())

@@ -12,6 +12,9 @@ from backend.cli.supervisor import guarded
 VERBS = {
     "boot": "boot a stock guest behind our IOMMU and check every claim",
     "serve": "serve a machine's functions for your own QEMU",
+    "ctl": "call methods of a run's control socket: IOASID commands, DMA of software endpoints",
+    "spaces": "show the IOASIDs of a run as a tree",
+    "faults": "show the DMA faults of a run",
     "doctor": "say what this machine has and lacks, and the fix",
 }
 

@@ -1,4 +1,4 @@
-"""`vioasid serve`: serve a machine's functions for a QEMU of your own."""
+"""`vioasid serve`: serve a machine's functions for a QEMU of your own, or with --no-vm an engine without a guest."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backend.cli import serve_engine
 from backend.cli.options import add_machine_options, chosen_machine, namespaces
 from backend.cli.supervisor import EXIT_OK, guarded, supervise
 from backend.vm.backend import Backend
@@ -20,7 +21,7 @@ from backend.vm.machine import Machine
 from backend.vm.parts import Parts
 from backend.vm.progress import notice, shown
 from backend.vm.qemu_process import die_with_parent
-from backend.vm.run_folder import RunFolder
+from backend.vm.run_folder import CONTROL, RunFolder
 
 if TYPE_CHECKING:
     from backend.endpoints.nvme import Namespace
@@ -42,7 +43,21 @@ def fill_parser(parser: argparse.ArgumentParser) -> None:
         help="where your firmware puts the IOMMU's BAR 0, if it is not where ours does",
     )
     parser.add_argument(
-        "--json", action="store_true", help='print one line {"ready", "sockets", "arguments", "bar"} in place of text'
+        "--no-vm",
+        action="store_true",
+        help="no guest: an engine with software endpoints, to attach and do DMA with over its control socket",
+    )
+    parser.add_argument(
+        "--socket", type=Path, metavar="PATH", help="with --no-vm: the control socket (one in the run's folder)"
+    )
+    parser.add_argument(
+        "--endpoints", type=int, default=4, metavar="N", help="with --no-vm: how many software endpoints there are (4)"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='print one line {"ready", "sockets", "control", "arguments", "bar"} in place of text; with --no-vm '
+        '{"ready", "socket", "endpoints"}',
     )
     parser.add_argument(
         "command",
@@ -55,6 +70,10 @@ def fill_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until interrupted, or until COMMAND ends."""
+    if args.no_vm:
+        return serve_engine.run(args, _command)
+    if args.socket is not None:
+        raise CannotRun("--socket goes with --no-vm: a VM's sockets lie in its run's folder, see --name")
     machine = chosen_machine(args)
     with RunFolder(args.name or machine.name) as folder:
         code = supervise(
@@ -77,14 +96,14 @@ async def _until_done(
     machine: Machine, args: argparse.Namespace, folder: RunFolder, parts: Parts, disks: dict[str, Namespace]
 ) -> int:
     sockets = {function.name: folder.socket(function.name) for function in machine.functions}
-    backend = Backend(machine, sockets, disks, parts.libvfio_user)
+    backend = Backend(machine, sockets, disks, parts.libvfio_user, control=folder.socket(CONTROL))
     try:
         await backend.start()
         bar = args.bar
         if bar is None and not args.command:
             bar = await Boot(backend, parts, folder, lambda _: None).learn(machine)
         if not args.command:
-            _say_ready(machine, args, parts, sockets, bar)
+            _say_ready(machine, args, parts, sockets, bar, control=folder.socket(CONTROL))
             await backend.watch(asyncio.Event().wait())
             return EXIT_OK
         return await backend.watch(_command(args.command))
@@ -92,13 +111,16 @@ async def _until_done(
         await backend.close()
 
 
-def _say_ready(machine: Machine, args: argparse.Namespace, parts: Parts, sockets: dict[str, Path], bar: int) -> None:
+def _say_ready(
+    machine: Machine, args: argparse.Namespace, parts: Parts, sockets: dict[str, Path], bar: int, *, control: Path
+) -> None:
     command = parts.command(machine, sockets).with_ivrs(parts.ivrs(machine, bar))
     arguments = command.functions()
     if args.json:
         ready = {
             "ready": True,
             "sockets": {name: str(path) for name, path in sockets.items()},
+            "control": str(control),
             "arguments": arguments,
             "bar": bar,
         }
@@ -111,6 +133,7 @@ def _say_ready(machine: Machine, args: argparse.Namespace, parts: Parts, sockets
         f"{bar:#x}, as QEMU {parts.qemu.version} does with this memory;\n"
         "# if yours puts them elsewhere (info pci), start again with --bar ADDRESS.\n"
         "# A whole line that runs: vioasid boot --dry-run\n"
+        f"# To look into it meanwhile: vioasid spaces --socket {shlex.quote(str(control))}\n"
         "ready",
         flush=True,
     )

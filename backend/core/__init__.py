@@ -31,6 +31,7 @@ from backend.core.memory import PlainMemory
 from backend.core.native import ANY_PASID
 from backend.core.pasid_format import AmdGcr3, ArmCd, PasidFormat, RiscVPdt, VtdPasid
 from backend.core.path import Path, Step
+from backend.core.process import FOREIGN, HostProcess
 from backend.core.table_format import (
     X86,
     AmdV1,
@@ -50,6 +51,7 @@ Prot = Access
 
 __all__ = [
     "ANY_PASID",
+    "FOREIGN",
     "RW",
     "X86",
     "Access",
@@ -70,6 +72,7 @@ __all__ = [
     "ExecuteDisable",
     "ExistsError",
     "Fault",
+    "HostProcess",
     "KindError",
     "LimitError",
     "NoMemoryError",

@@ -55,6 +55,10 @@ class Reason(IntEnum):
     ENTRY_CHANGED = lib.VIO_REASON_ENTRY_CHANGED, "The entry changed at every attempt to set its accessed or dirty bit."
     ACCESS_FLAG = lib.VIO_REASON_ACCESS_FLAG, "The accessed bit is clear, and hardware is not to set it."
     DIRTY = lib.VIO_REASON_DIRTY, "The dirty bit is clear at a write, and hardware is not to set it."
+    UNSUPPORTED = (
+        lib.VIO_REASON_UNSUPPORTED,
+        "Memory of another process serves neither AtomicOps nor walks of tables that lie in it.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class Translation:
     """Where an IOVA lies."""
 
     hva: int
+    """An address of this process; with FOREIGN set, one of the process that the space stands for or was lent."""
     size: int
     """Bytes valid from hva onward within this translation: to the end of the smaller page of both stages."""
     gpa: int

@@ -9,6 +9,9 @@
 #define VIO_EXECUTE 4
 #define VIO_PRIVILEGED 8 /* of a request: with supervisor privilege */
 
+/* of an address: it is one of another process's; no address of a process has this bit */
+#define VIO_FOREIGN 0x800000000000
+
 /* pasid argument of a request that carries none */
 #define VIO_NO_PASID 0xffffffff
 /* pasid of a route that takes the requests of all PASIDs that have no route of their own */
@@ -39,6 +42,7 @@ enum vio_reason {
     VIO_REASON_ENTRY_CHANGED,  /* an entry changed at every attempt to set its accessed or dirty bit */
     VIO_REASON_ACCESS_FLAG,    /* accessed bit clear, and hardware is not to set it */
     VIO_REASON_DIRTY,          /* dirty bit clear at a write, and hardware is not to set it */
+    VIO_REASON_UNSUPPORTED,    /* another process's memory: it takes no AtomicOps, and tables there are not walked */
 };
 
 /* Status of every call: 0 done, 1 answered by a fault (vio_last_fault), negative: misuse by the caller. */
@@ -215,6 +219,17 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_ta
 int vio_space_unbind(vio_engine *engine, uint32_t ioasid);
 int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, uint64_t last);
 int vio_space_counters_get(vio_engine *engine, uint32_t ioasid, vio_space_counters *out);
+
+/*
+ * process_space.c: a process's address space; pagemap: an open /proc/PID/pagemap of its, which is duplicated. Spaces hold
+ * it as long as they are there. A host-managed space that a process was lent to can map addresses of that process:
+ * hva | VIO_FOREIGN.
+ */
+typedef struct vio_process vio_process;
+int vio_process_hold(uint32_t pid, int pagemap, vio_process **out);
+void vio_process_release(vio_process *process);
+int vio_space_create_process(vio_engine *engine, uint32_t ioasid, vio_process *process);
+int vio_space_lend_process(vio_engine *engine, uint32_t ioasid, vio_process *process);
 
 /* pasid.c */
 int vio_pasid_format_find(const char *name);

@@ -55,6 +55,10 @@ static int run_atomic(struct guard *guard, void *context)
     reason = request_translate(&atomic->job, request, guard);
     if (reason)
         return reason;
+    if (IS_FOREIGN(request->hit.hva)) { /* no call of the kernel's reads, changes and writes another process's memory at once */
+        process_reason(request);
+        return VIO_REASON_UNSUPPORTED;
+    }
     memory = (void *)(uintptr_t)request->hit.hva;
     about_to_touch(request, guard, 0, atomic->width);
     if (atomic->width == 16)

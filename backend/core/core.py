@@ -23,6 +23,7 @@ from backend.core.native import pasid_of as _pasid
 from backend.core.native import route_pasid as _route_pasid
 from backend.core.native import small as _small
 from backend.core.pasid_format import PasidFormat
+from backend.core.process import HostProcess
 from backend.core.requests import Requests
 from backend.core.table_format import TableFormat, table_of
 
@@ -69,6 +70,28 @@ class Core(Requests):
         name, table = table_of(fmt, 0, levels)
         _check(lib.vio_space_create_host(self._engine, _id(ioasid), _format(name), table), ioasid)
 
+    def create_process_space(self, ioasid: int, process: HostProcess) -> None:
+        """Create a space that stands for a process's address space: an IOVA is an address of that process.
+
+        Nothing is pinned: pages are faulted in as the process itself would. What it may not touch itself is answered
+        by a fault: NOT_PRESENT, or PERMISSION at writes to what may be read; and everything by MEMORY_GONE once that
+        address space is gone (exit, exec). AtomicOps work on this process's own memory alone, else they are
+        UNSUPPORTED. A translation tells what is mapped there; whether a page is there is known once it is touched.
+
+        Raises: ExistsError, LimitError.
+        """
+        _check(lib.vio_space_create_process(self._engine, _id(ioasid), process.native), ioasid)
+
+    def lend_process(self, ioasid: int, process: HostProcess) -> None:
+        """Let a host-managed space map addresses of a process from now on: `hva | FOREIGN`.
+
+        They are touched as those of create_process_space are; a guest's tables that lie there are not walked
+        (UNSUPPORTED).
+
+        Raises: ExistsError (it was lent one already), UnknownIdError, KindError.
+        """
+        _check(lib.vio_space_lend_process(self._engine, _id(ioasid), process.native), ioasid)
+
     def create_nested_space(self, ioasid: int, parent: int) -> None:
         """Create a guest-managed space over the host-managed space `parent`; its requests fault until bind_table.
 
@@ -82,6 +105,8 @@ class Core(Requests):
 
     def map(self, ioasid: int, iova: int, hva: int, size: int, access: Access) -> None:
         """Map [iova, iova + size) of a host-managed space to this process's memory at hva; whole 4 KiB pages.
+
+        `hva | FOREIGN`: an address of the process that was lent to the space.
 
         Large leaves are used where iova and hva are aligned alike. Nothing is mapped unless all of it is.
 

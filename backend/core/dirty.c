@@ -178,7 +178,7 @@ int vio_dirty_set(vio_engine *engine, uint32_t ioasid, int on)
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
-        status = space->parent ? VIO_ERR_KIND : VIO_OK;
+        status = !space_has_table(space) ? VIO_ERR_KIND : VIO_OK;
     if (!status && on && !space->dirty) {
         status = turn_on(engine, space);
     } else if (!status && !on) {
@@ -246,7 +246,7 @@ int vio_dirty_read(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t 
     gate_reserve(&engine->gate);
     space = space_find(engine, ioasid);
     if (space)
-        status = space->parent ? VIO_ERR_KIND : space->dirty ? VIO_OK : VIO_ERR_UNTRACKED;
+        status = !space_has_table(space) ? VIO_ERR_KIND : space->dirty ? VIO_OK : VIO_ERR_UNTRACKED;
     if (!status) {
         struct report report = {iova >> PAGE_LG2, last >> PAGE_LG2, page_lg2 - PAGE_LG2, bitmap};
         size_t count;

@@ -7,7 +7,9 @@ static int run_translate(struct guard *guard, void *context)
 {
     struct job *job = context;
 
-    return request_translate(job, &job->request, guard);
+    int reason = request_translate(job, &job->request, guard);
+
+    return !reason && job->request.space->walk == walk_process ? process_look(&job->request) : reason;
 }
 
 int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access,
@@ -93,6 +95,18 @@ static int run_list(struct guard *guard, void *context)
         if (list->pattern)
             size = least(size, PAGE);
         job->budget -= (int64_t)size + STEP_COST;
+        if (IS_FOREIGN(request->hit.hva)) {
+            uint64_t moved;
+
+            memory = list->pattern ? (void *)(uintptr_t)(list->pattern + job->done % PATTERN_PERIOD)
+                                   : list->buffer + job->done;
+            reason = process_move(request, memory, size, &moved);
+            list->offset += moved;
+            job->done += moved;
+            if (reason)
+                return reason;
+            continue;
+        }
         prefetch_next(job, size);
         about_to_touch(request, guard, 0, size);
         if (request->need & VIO_WRITE) {
@@ -173,6 +187,54 @@ struct copy {
     uint64_t from, to, length;
 };
 
+#define BOUNCE 16384u
+
+static void step_back(struct request *request, uint64_t bytes)
+{
+    request->iova -= bytes;
+    request->hit.hva -= bytes;
+    request->hit.gpa -= bytes;
+}
+
+/* A piece where one end, or each, is another process's memory: by way of a buffer. It begins `back` before. */
+static int copy_foreign(struct copy *copy, struct guard *guard, uint64_t back, uint64_t size)
+{
+    struct job *job = &copy->job;
+    struct request *read = &job->request, *write = &copy->write;
+    uint8_t buffer[BOUNCE];
+    uint64_t moved = size;
+    int reason = 0, refused = 0;
+
+    guard->buffer.size = 0;
+    job->at = read;
+    if (IS_FOREIGN(read->hit.hva)) {
+        step_back(read, back);
+        reason = process_move(read, buffer, size, &moved);
+    } else {
+        about_to_touch(read, guard, back, size);
+        memcpy(buffer, (const void *)(uintptr_t)(read->hit.hva - back), size);
+    }
+    if (!moved)
+        return reason;
+    size = moved; /* what could be read is written before it is told that the rest could not */
+    job->at = write;
+    if (IS_FOREIGN(write->hit.hva)) {
+        step_back(write, back);
+        refused = process_move(write, buffer, size, &moved);
+    } else {
+        guard_memory(guard, 0, 0);
+        guard->buffer.first = write->hit.hva - back;
+        guard->buffer.size = size;
+        __asm__ volatile("" ::: "memory");
+        dirty_mark(write->dirty, write->hit.gpa - back, size);
+        memcpy((void *)(uintptr_t)(write->hit.hva - back), buffer, size);
+    }
+    job->done += moved;
+    if (!refused)
+        job->at = read;
+    return refused ? refused : reason;
+}
+
 /*
  * Between two places of guest memory, each piece by one memmove. Where the IOVAs overlap with the target behind the
  * source it goes from the end down, page by page, so that nothing is written before it was read.
@@ -212,6 +274,12 @@ static int run_copy(struct guard *guard, void *context)
                 size = least(size, least(page_rest(read), page_rest(write)));
         }
         job->budget -= (int64_t)size + 2 * STEP_COST;
+        if (IS_FOREIGN(read->hit.hva | write->hit.hva)) {
+            reason = copy_foreign(copy, guard, back, least(size, BOUNCE));
+            if (reason)
+                return reason;
+            continue;
+        }
         guard->buffer.first = write->hit.hva - back;
         guard->buffer.size = size;
         about_to_touch(read, guard, back, size);
@@ -257,6 +325,9 @@ static int run_single(struct guard *guard, void *context)
     reason = request_translate(&single->job, request, guard);
     if (reason)
         return reason;
+    if (IS_FOREIGN(request->hit.hva)) { /* the kernel copies an aligned word as one, on the machines that we know of */
+        return process_move(request, &single->value, single->width, &single->job.done);
+    }
     memory = (void *)(uintptr_t)request->hit.hva;
     about_to_touch(request, guard, 0, single->width);
     if (request->need & VIO_WRITE) {

@@ -69,6 +69,7 @@ void vio_engine_destroy(vio_engine *engine)
             continue;
         dirty_free(space->dirty, &engine->pool);
         pasid_table_free(engine, space->pasids);
+        vio_process_release(space->process);
         free(space); /* its table pages go with the pool */
     }
     for (size_t i = 0; i <= engine->routes.mask; i++)

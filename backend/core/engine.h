@@ -21,6 +21,7 @@
 #include "iotlb.h"
 #include "pasid.h"
 #include "pool.h"
+#include "process_space.h"
 #include "vio.h"
 #include "walk_cache.h"
 
@@ -52,7 +53,7 @@ typedef int (*walk_fn)(const struct space *space, struct guard *guard, struct wa
 
 struct space {
     uint32_t ioasid;
-    int format; /* enum pt_format_id */
+    int format; /* enum pt_format_id, -1: none */
     struct pt_config table;
     walk_fn walk;         /* NULL: nested and no table bound */
     struct space *parent; /* NULL: host-managed */
@@ -60,6 +61,7 @@ struct space {
     struct pasid_table *pasids; /* nested: requests are translated by the table of their PASID; NULL: by `table` */
     struct space *bound;        /* what a PASID leads to: the space that its PASID table is bound to; else NULL */
     struct dirty *dirty; /* host-managed: pages written by DMA; NULL: not tracked */
+    vio_process *process; /* whose address space it stands for, or whose addresses its table may hold; NULL: none */
 
     struct iotlb_scope scope;
 
@@ -155,6 +157,15 @@ static inline struct space *space_find(struct vio_engine *engine, uint32_t ioasi
 {
     return index_find(&engine->spaces, ioasid);
 }
+
+/* Is it host-managed, with a table of ours? */
+static inline bool space_has_table(const struct space *space)
+{
+    return !space->parent && space->format >= 0;
+}
+
+/* space.c, with the gate closed: a space with nothing but its number; a vio_status. */
+int space_add(struct vio_engine *engine, uint32_t ioasid, struct space **out);
 
 /* space.c: is the table one of this format's? Fills in what its options leave at 0. `host`: a table of ours. */
 bool table_config_ok(int format, struct pt_config *config, bool host);

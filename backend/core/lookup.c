@@ -91,6 +91,15 @@ static void tell_used(const struct pt_format *format, const struct pt_config *up
         step->dirty = used_state(format, updating, accessed, true, true);
 }
 
+/* A table of the guest's lies in another process: the path ends at the leaf of stage 2 that says so. */
+static int end_foreign(struct lookup *lookup, uint64_t gpa)
+{
+    vio_step *leaf = &lookup->path->steps[lookup->path->count - 1];
+
+    leaf->reason = VIO_REASON_UNSUPPORTED;
+    return end_at(lookup, leaf, gpa, true, VIO_REASON_UNSUPPORTED);
+}
+
 /* Decode an entry into its step; 0 or a reason. */
 static int decode_step(const struct pt_format *format, const struct pt_config *config, const struct pt_start *start,
                        bool trusted, vio_step *step, struct pt_entry *entry)
@@ -188,6 +197,10 @@ static int lookup_stage1(struct lookup *lookup, const struct space *space, struc
             return reason;
         step = steps[levels] = add_step(lookup, 1, level, address, at);
         stage2_perm[levels++] = place.perm;
+        if (IS_FOREIGN(place.oa)) {
+            lookup->path->count--;
+            return end_foreign(lookup, at);
+        }
         guard_memory(&lookup->guard, place.oa, sizeof step->entry);
         step->entry = __atomic_load_n((const uint64_t *)(uintptr_t)place.oa, __ATOMIC_ACQUIRE);
         reason = decode_step(format, config, &start, false, step, &entry);
@@ -258,6 +271,11 @@ static int load_word(struct pasid_reader *reader, uint64_t at, unsigned level, u
         lookup->path->count = told;
         lookup->step = through->step;
     }
+    if (IS_FOREIGN(place.oa)) {
+        if (at == reader->at)
+            lookup->path->count--;
+        return end_foreign(lookup, at);
+    }
     guard_memory(&lookup->guard, place.oa, sizeof *word);
     *word = __atomic_load_n((const uint64_t *)(uintptr_t)place.oa, __ATOMIC_ACQUIRE);
     if (at == reader->at) {
@@ -318,13 +336,22 @@ static int run_lookup(struct guard *guard, void *context)
     const struct space *space;
     int reason = 0;
 
-    (void)guard;
     if (request->space->pasids) {
         reason = lookup_pasid(lookup, request->space);
         if (reason)
             return reason;
     }
     space = request->space;
+    if (space->walk == walk_process) {
+        request->walk.iova = request->iova;
+        reason = space->walk(space, guard, &request->walk);
+        if (!reason)
+            reason = process_look(request);
+        if (!reason)
+            lookup->path->translation = (vio_translation){request->walk.hva, request->hit.size, request->iova,
+                                                          request_permitted(request, request->hit.perm)};
+        return reason;
+    }
     if (space->parent) {
         reason = lookup_stage1(lookup, space, &one);
         if (reason)

@@ -105,6 +105,8 @@ static int load_word(struct pasid_reader *reader, uint64_t at, unsigned level, u
     struct walk *walk = through->walk, second = {.iova = at, .need = VIO_READ};
     int reason = through->stage2->walk(through->stage2, through->guard, &second);
 
+    if (!reason && IS_FOREIGN(second.hva))
+        reason = VIO_REASON_UNSUPPORTED;
     if (reason) {
         walk->stage = 2;
         walk->level = second.level;

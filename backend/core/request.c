@@ -134,6 +134,8 @@ static int run_guarded(struct job *job, job_body body)
         }
         if (job->second) /* both ends are guest memory, the second one in the buffer's window */
             job->at = lost == GUARD_BUFFER ? job->second : &job->request;
+        if (job->at->space->walk == walk_process)
+            return process_reason(job->at);
         walk = &job->at->walk;
         walk->stage = 2;
         walk->level = 0;

@@ -8,7 +8,7 @@
 #define HVA_END (1ull << HVA_BITS)
 #define PAGE_BITS 4095ull
 
-static int space_add(struct vio_engine *engine, uint32_t ioasid, struct space **out)
+int space_add(struct vio_engine *engine, uint32_t ioasid, struct space **out)
 {
     struct space *space;
 
@@ -87,7 +87,7 @@ int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent
     engine_change_begin(engine);
     parent = space_find(engine, parent_ioasid);
     if (parent)
-        status = parent->parent ? VIO_ERR_KIND : space_add(engine, ioasid, &space);
+        status = !space_has_table(parent) ? VIO_ERR_KIND : space_add(engine, ioasid, &space);
     if (!status) {
         space->parent = parent;
         parent->children++;
@@ -110,10 +110,11 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
             if (space->parent) {
                 space->parent->children--;
                 pasid_table_free(engine, space->pasids);
-            } else {
+            } else if (space_has_table(space)) {
                 host_table_destroy(&engine->pool, space->format, &space->table);
                 dirty_free(space->dirty, &engine->pool);
             }
+            vio_process_release(space->process);
             space_remove(engine, space); /* its tag is never used again, so its IOTLB entries match nothing */
         }
     }
@@ -162,21 +163,28 @@ static int change_dirty(const struct stint *stint, bool cover)
 static int host_space(struct vio_engine *engine, uint32_t ioasid, struct space **out)
 {
     *out = space_find(engine, ioasid);
-    return !*out ? VIO_ERR_UNKNOWN : (*out)->parent ? VIO_ERR_KIND : VIO_OK;
+    return !*out ? VIO_ERR_UNKNOWN : !space_has_table(*out) ? VIO_ERR_KIND : VIO_OK;
 }
 
 int vio_space_map(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t hva, uint64_t size, uint32_t access)
 {
     struct stint stint = {.engine = engine, .first = iova, .last = iova + (size - 1)};
+    uint64_t address = hva & ~VIO_FOREIGN;
     int status;
 
-    if (!size || ((iova | hva | size) & PAGE_BITS) || stint.last < iova || !hva || hva >= HVA_END ||
-        size > HVA_END - hva || !access || (access & ~(uint32_t)RW_BOTH))
+    if (!size || ((iova | hva | size) & PAGE_BITS) || stint.last < iova || !address || address >= HVA_END ||
+        size > HVA_END - address || !access || (access & ~(uint32_t)RW_BOTH))
         return VIO_ERR_VALUE;
     if (guard_install())
         return VIO_ERR_MEMORY;
     gate_reserve(&engine->gate);
     status = host_space(engine, ioasid, &stint.space);
+    if (!status && address != hva) {
+        if (!stint.space->process)
+            status = VIO_ERR_VALUE;
+        else if (stint.space->process->own)
+            hva = address;
+    }
     if (!status)
         status = host_table_may_map(stint.space->format, &stint.space->table, hva, access, &stint);
     if (!status)
@@ -298,7 +306,7 @@ int vio_space_table_get(vio_engine *engine, uint32_t ioasid, vio_table *out)
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space)
-        status = space->walk ? VIO_OK : VIO_ERR_KIND;
+        status = space->walk && space->format >= 0 ? VIO_OK : VIO_ERR_KIND;
     if (!status)
         *out = space->table.table;
     engine_change_end(engine);

@@ -134,6 +134,8 @@ PT_INLINE int place_entry(const struct nested *nested, struct walk_cache *cache,
     reason = walk_table(nested->stage2, nested->table2, use->at, VIO_READ, &stage);
     if (UNLIKELY(reason))
         return stage2_fault(nested->walk, &stage, use->at, true, reason);
+    if (IS_FOREIGN(stage.oa)) /* it could be read, but neither at once nor compared and exchanged */
+        return stage2_fault(nested->walk, &stage, use->at, true, VIO_REASON_UNSUPPORTED);
     use->hva = stage.oa;
     use->perm = stage.perm;
     if (cache)

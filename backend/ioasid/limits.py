@@ -27,5 +27,41 @@ MAX_PASID = (1 << 20) - 1
 MAX_RID = (1 << 16) - 1
 """PCI gives a bus number 8 bits, a device number 5 and a function number 3."""
 
+MAX_GROUP = (1 << 9) - 1
+"""PCI Express gives a page request group index 9 bits."""
+
+MAX_PAGE_REQUESTS = 4096
+"""Page requests of a context that wait for an answer: the queue of VT-d in its usual size (order 7 of 32-byte entries).
+What comes on top is answered by failure at once, so that a device cannot make the queue grow."""
+
+MAX_FAULTS = 1024
+"""Unrecoverable faults of a context that nobody read yet: as many as the core's own ring keeps."""
+
+MAX_ENTRIES = 4096
+"""Entries of one INVALIDATE_CACHE: a page of 16-byte descriptors holds 256 of them, a guest's queue a few pages."""
+
+MAX_NAMES = 16
+"""Names in a list: more than any format has options."""
+
+MAX_REGISTERED = 65_535
+"""Ranges of registered memory of a context: as many as mappings that can use them."""
+
+MAX_DIRTY_PAGES = 1 << 22
+"""Bits of one GET_DIRTY_BITMAP: 512 KiB, which stands for 16 GiB of 4 KiB pages; a caller may ask again."""
+
+MAX_KVM_PASIDS = 1 << 20
+"""PASIDs that a CPU translates: ENQCMD takes 20 bits."""
+
 USER_END = 1 << 47
 """Linux gives a process on x86-64 no address beyond, unless it asks for one."""
+
+MAX_MERGED = 1 << 20
+"""Pieces of an engine's software-nested tables: sixteen tables full of mappings. What nests multiplies: a child that
+maps one address of its parent's a thousand times takes a thousand pieces, and its child may do so with each of them."""
+
+MAX_DEPTH = 8
+"""Host-managed IOASIDs above one another: guests of guests of guests have four, and each one costs every change its
+share."""
+
+MAX_PROCESSES = 128
+"""IOASIDs of kind sva of an engine: two descriptors each, a quarter of the 1,024 that a process usually has."""

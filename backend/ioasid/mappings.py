@@ -9,12 +9,17 @@ from backend.core import Access
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """[iova, iova + size) stands for the host's memory at vaddr. Bytes; all three multiples of 4096."""
+    """[iova, iova + size) stands for the user's memory at vaddr. Bytes; all multiples of 4096."""
 
     iova: int
     size: int
     vaddr: int
+    """In the user's addresses; beneath a parent, in the parent's."""
+    where: int
+    """The same for the core: an address of this process; beneath a parent, vaddr."""
     access: Access
+    registered: bool = False
+    """It uses registered memory, and is not counted by itself."""
 
     @property
     def end(self) -> int:
@@ -49,6 +54,14 @@ class Mappings:
             if mapping.iova < iova + size and iova < mapping.end:
                 return mapping
         return None
+
+    def within(self, iova: int, size: int) -> Iterator[Mapping]:
+        """All mappings that share a byte with [iova, iova + size), in order."""
+        first = bisect_left(self._starts, iova)
+        if first and self._by_start[self._starts[first - 1]].end > iova:
+            first -= 1
+        for start in self._starts[first : bisect_left(self._starts, iova + size)]:
+            yield self._by_start[start]
 
     def add(self, mapping: Mapping) -> None:
         """Take one in. It must overlap none: ask `overlapping` first."""

@@ -8,9 +8,10 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from backend.control.control import Control
 from backend.core import Fault
 from backend.endpoints.nvme import Namespace, NvmeController
-from backend.ioasid import Engine, Kind
+from backend.ioasid import BEHIND_X86, Engine, Kind
 from backend.pci import DmaRegion, FunctionServer, LibraryError, LibraryMissing, PciFunction, SocketRefused
 from backend.viommu.amd import AmdIommu
 from backend.vm.backing import private_to
@@ -19,6 +20,7 @@ from backend.vm.lost import VmLost
 from backend.vm.machine import Machine
 from backend.vm.memory import VmMemory
 from backend.vm.traffic import TrafficMeter
+from protocol import SocketRefused as ControlRefused
 
 T = TypeVar("T")
 
@@ -34,14 +36,16 @@ class Backend:
         sockets: Mapping[str, Path],
         namespaces: Mapping[str, Namespace],
         libvfio_user: Path | None = None,
+        *,
+        control: Path | None = None,
     ) -> None:
-        """`libvfio_user` is the library's file; None: the system's."""
+        """`libvfio_user` is the library's file; None: the system's. `control`: of the control socket; None: none."""
         self.machine = machine
         self._libvfio_user = libvfio_user
         self.engine = Engine()
         self.context = self.engine.open()
-        self.stage2 = self.context.alloc(Kind.KERNEL)
-        self.memory = VmMemory(self.context, self.stage2)
+        self.stage2 = self.context.alloc(Kind.VM)
+        self.memory = VmMemory(self.engine.vm_memory, self.context.get_info(self.stage2).address_width or 0)
         self.iommu = AmdIommu(self.context, self.stage2, [f.rid for f in machine.endpoints], name=machine.iommu.name)
         self.controllers = {f.name: NvmeController(namespaces[f.name], name=f.name) for f in machine.endpoints}
         self._unshared = asyncio.Event()
@@ -55,14 +59,22 @@ class Backend:
         self.engine.set_router(self.iommu.route)
         self.engine.on_fault(self.iommu.on_fault)
         self.engine.on_fault(self._faulted)
+        names = {self.context: machine.name}
+        self.control = None if control is None else Control(self.engine, control, facts=self._facts, names=names)
 
     async def start(self) -> None:
-        """Listen on every function's socket. CannotRun if a path will not do, or libvfio-user will not."""
+        """Listen on every function's socket, then on the control socket. CannotRun if a path will not do, or
+        libvfio-user will not."""
         for server in self.servers:
             try:
                 await server.start()
             except (SocketRefused, LibraryMissing, LibraryError) as error:
                 raise CannotRun(f"{server.function.name} cannot be served: {error}") from error
+        if self.control is not None:
+            try:
+                await self.control.start()
+            except ControlRefused as error:
+                raise CannotRun(f"the control socket cannot be served: {error}") from error
 
     async def watch(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`; VmLost as soon as a function's own code fails, for its guest may wait for ever.
@@ -93,10 +105,22 @@ class Backend:
 
     async def close(self) -> None:
         """End every connection and give all memory back."""
+        if self.control is not None:
+            await self.control.close()
         for server in self.servers:
             await server.close()
         self.memory.close()
         self.engine.close()
+
+    def _facts(self) -> Mapping[str, object]:
+        """What the control socket's `vm.status` says of the VM."""
+        return {
+            "kind": "vm",
+            "machine": self.machine.name,
+            "translating": self.iommu.enabled,
+            "functions": {server.function.name: server.connected for server in self.servers},
+            "connections": 0 if self.control is None else len(self.control.connections),
+        }
 
     def _faulted(self, fault: Fault) -> None:
         self.faults.append(fault)
@@ -108,7 +132,7 @@ class Backend:
         return [(by_name[config.name], config.rid) for config in self.machine.functions]
 
     def _connect(self, function: PciFunction, rid: int, sockets: Mapping[str, Path]) -> FunctionServer:
-        device = self.engine.add_device(rid, function.name)
+        device = self.engine.add_device(rid, function.name, BEHIND_X86)
         function.rid = rid
         function.connect_dma(device.port)
         self.context.bind_device(rid)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from backend.core import Access
-from backend.ioasid import Context, IoasidError
+from backend.ioasid import IoasidError, VmMemorySource
 
 from .backing import Duplicate, Duplicates, whole_pages
 from .snapshot import Extent, Snapshot, read_memory, take_snapshot
@@ -65,7 +65,7 @@ class MappedExtent:
 
 
 class VmMemory:
-    """Regions of every function -> MAP_DMA and UNMAP_DMA on one IOASID.
+    """Regions of every function -> what the engine's IOASIDs of kind vm follow.
 
     Each function is told of the same guest memory by messages of its own, in an order of its own. What a GPA stands
     for is decided by the most recent of the regions that functions still hold there: read-only parts stay read-only,
@@ -75,11 +75,10 @@ class VmMemory:
     function still holds it. All calls come from the server's one thread, which does no DMA meanwhile.
     """
 
-    def __init__(self, context: Context, ioasid: int) -> None:
-        self._context = context
-        self._ioasid = ioasid
-        info = context.get_info(ioasid)
-        self._width = info.address_width or 0
+    def __init__(self, source: VmMemorySource, address_width: int) -> None:
+        """`source`: of the engine; `address_width`: bits of a GPA that the VM's stage 2 can translate."""
+        self._source = source
+        self._width = address_width
         self._words: dict[str, dict[tuple[int, int], _Word]] = {}
         self._extents: set[MappedExtent] = set()
         self._duplicates = Duplicates()
@@ -203,10 +202,10 @@ class VmMemory:
         wanted = _layout(word for held in words.values() for word in held.values())
         for extent in self.extents:
             if extent not in wanted:
-                self._context.unmap_dma(self._ioasid, extent.gpa, extent.size)
+                self._source.unmap(extent.gpa, extent.size)
                 self._extents.discard(extent)
         for extent in sorted(wanted - self._extents, key=lambda each: each.gpa):
-            self._context.map_dma(self._ioasid, extent.gpa, extent.hva, extent.size, extent.access)
+            self._source.map(extent.gpa, extent.hva, extent.size, extent.access)
             self._extents.add(extent)
 
     def _forget(self, words: Iterable[_Word]) -> None:

@@ -14,6 +14,7 @@ from types import TracebackType
 from backend.vm.errors import CannotRun
 
 SOCKET_PATH_LIMIT = 107  # sockaddr_un.sun_path holds 108 bytes, the last of them zero
+CONTROL = "control"  # the socket of each run's control plane, without .sock
 LOGS_KEPT = 20  # failed runs whose logs stay: enough to look back on a day's work, a few MiB in all
 
 
@@ -72,9 +73,7 @@ def runtime_folder() -> Path:
     except OSError as error:
         raise CannotRun(f"{folder}: {error.strerror}; set XDG_RUNTIME_DIR to a folder that can be written") from error
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
-        raise CannotRun(
-            f"{folder} is not a folder of this user alone (mode 0700); remove it, or set XDG_RUNTIME_DIR"
-        )
+        raise CannotRun(f"{folder} is not a folder of this user alone (mode 0700); remove it, or set XDG_RUNTIME_DIR")
     return folder
 
 

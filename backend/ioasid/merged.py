@@ -1,0 +1,173 @@
+"""Host-managed tables, and software nesting: a child's mappings and its parent's, merged into one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from backend.core import FOREIGN, Access, Core, LimitError, NoMemoryError
+
+from .intervals import Intervals
+from .limits import MAX_MAPPINGS, MAX_MERGED
+from .mappings import Mapping, Mappings
+from .user_memory import UserMemory
+
+NO_ROOM = (LimitError, NoMemoryError, MemoryError)
+
+
+class Room:
+    """How many pieces of merged tables an engine may have yet."""
+
+    def __init__(self, pieces: int = MAX_MERGED) -> None:
+        self.left = pieces
+
+    def take(self) -> None:
+        """LimitError: all are in use."""
+        if not self.left:
+            raise LimitError(f"the engine's merged tables have {MAX_MERGED} pieces")
+        self.left -= 1
+
+    def give(self) -> None:
+        self.left += 1
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """[iova, iova + size) of a child stands for [start, start + size) of its parent: what one MAP_DMA said."""
+
+    child: HostTable
+    iova: int
+    start: int
+    size: int
+    access: Access
+
+    def cut(self, piece: Mapping) -> Mapping | None:
+        """What a piece of the parent's comes to in the child; None: nothing that the child's table could permit."""
+        low, high = max(self.start, piece.iova), min(self.start + self.size, piece.end)
+        access = self.access & piece.access
+        if not access or not (access & Access.READ or self.child.write_only):
+            return None
+        where = piece.where + low - piece.iova
+        return Mapping(self.iova + low - self.start, high - low, where, where, access)
+
+
+class HostTable:
+    """A table that the core builds, made up of pieces: each is a range of host memory in one piece.
+
+    On a root a piece is a mapping. A child's mappings name addresses of its parent's; its pieces are what they share
+    with the parent's pieces, so its table leads straight to host memory. A piece that comes or goes does so in all
+    tables beneath before the change returns, and nothing is looked at but the mappings that lead to it.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        core_id: int,
+        room: Room,
+        above: HostTable | None = None,
+        *,
+        leave: Callable[[HostTable], None] | None = None,
+        memory: UserMemory | None = None,
+        write_only: bool = True,
+    ) -> None:
+        self.core = core
+        self.core_id = core_id
+        self.write_only = write_only
+        """Whether its format can permit writes without reads."""
+        self.pieces = Mappings()
+        self._room = room
+        self._above = above
+        self._leave = leave
+        self._memory = memory
+        self._links: dict[int, Link] = {}
+        self._below: Intervals[Link] = Intervals()
+
+    # Body
+
+    def map(self, iova: int, where: int, size: int, access: Access) -> None:
+        """Let [iova, iova + size) stand for host memory at `where`, or for addresses of the parent's."""
+        if self._above is None:
+            self.put(Mapping(iova, size, where, where, access))
+            return
+        link = Link(self, iova, where, size, access)
+        self._links[iova] = link
+        self._above._below.add(link)
+        try:
+            for piece in self._above.pieces.within(where, size):
+                self._put_beneath(link, piece)
+        except BaseException:
+            self.unmap(iova, size)
+            raise
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Take away what one `map` mapped; nothing uses it, here or beneath, once this returned."""
+        if self._above is not None:
+            self._above._below.remove(self._links.pop(iova))
+        for piece in list(self.pieces.within(iova, size)):
+            self.take(piece)
+
+    def close(self) -> None:
+        """Give the table up. Nothing is beneath it any more."""
+        if self._leave is not None:
+            self._leave(self)
+        if self._above is not None:
+            for link in self._links.values():
+                self._above._below.remove(link)
+            for _ in self.pieces:
+                self._room.give()
+        self.core.destroy_space(self.core_id)
+
+    # Pieces
+
+    def put(self, piece: Mapping, *, at_all_costs: bool = False) -> None:
+        """A piece comes, here and beneath. Without room, nothing has changed, and a CoreError says so.
+
+        `at_all_costs`: it is not refused for want of room beneath: there, DMA to what could not be mapped faults.
+        """
+        if self._above is not None:
+            if len(self.pieces) >= MAX_MAPPINGS:
+                raise LimitError(f"a merged table has {MAX_MAPPINGS} pieces")
+            self._room.take()
+        try:
+            if piece.where & FOREIGN and self._memory is not None:
+                self._borrow(self._memory)
+            self.core.map(self.core_id, piece.iova, piece.where, piece.size, piece.access)
+        except BaseException:
+            if self._above is not None:
+                self._room.give()
+            raise
+        self.pieces.add(piece)
+        for link in self._below.overlapping(piece.iova, piece.size):
+            try:
+                link.child._put_beneath(link, piece)
+            except NO_ROOM:
+                if not at_all_costs:
+                    self.take(piece)
+                    raise
+
+    def _borrow(self, memory: UserMemory) -> None:
+        """Addresses of the user's process come into the table: the core is to know whose they are, once."""
+        process = memory.process
+        assert process is not None
+        self.core.lend_process(self.core_id, process)
+        self._memory = None
+
+    def take(self, piece: Mapping) -> None:
+        """A piece goes, beneath and here."""
+        for link in self._below.overlapping(piece.iova, piece.size):
+            link.child._take_beneath(link, piece)
+        self.core.unmap(self.core_id, piece.iova, piece.size)
+        self.pieces.remove(piece)
+        if self._above is not None:
+            self._room.give()
+
+    def _put_beneath(self, link: Link, piece: Mapping) -> None:
+        part = link.cut(piece)
+        if part is not None:
+            self.put(part)
+
+    def _take_beneath(self, link: Link, piece: Mapping) -> None:
+        part = link.cut(piece)
+        held = self.pieces.at(part.iova) if part is not None else None
+        if held is not None:  # else there was no room for it
+            self.take(held)

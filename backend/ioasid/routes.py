@@ -1,0 +1,102 @@
+"""What attachments and PASID tables mean for the core: where requests of each (RID, PASID) go."""
+
+from __future__ import annotations
+
+import errno
+
+from backend.core import ANY_PASID
+
+from .checks import Checks
+from .command import Command
+from .device import Attachment, Device
+from .pasid_formats import PASID_FORMATS
+from .pasid_pool import PasidMode
+from .spaces import Space, Untagged
+
+
+class Routes(Checks):
+    """Routes, and what stands against one."""
+
+    def _route(self, device: Device, pasid: int | None) -> None:
+        """Lead the requests of a device with this PASID (None: without one, and all those that a PASID table of the
+        guest's leads) as its attachments say. A CoreError: no room; only what was led nowhere can meet it."""
+        top = device.routed(pasid)
+        if pasid is None:
+            self._route_rid(device, top)
+        elif top is None:
+            self._core.detach(device.rid, pasid)
+        else:
+            self._core.attach(device.rid, pasid, top.space.core_id, access=top.access)
+        if device.tlb is not None:
+            device.tlb(pasid, 0, None)
+
+    def _route_rid(self, device: Device, top: Attachment | None) -> None:
+        core, rid = self._core, device.rid
+        if top is None:
+            self._delegate(device, None)
+            core.detach(rid, None)
+            return
+        if not device.group.whole:  # what of it is attached elsewhere, or nowhere, must not reach this memory
+            core.block(rid, None)
+            self._delegate(device, None)
+            return
+        table = top.space.pasid_table
+        self._delegate(device, top if table is not None else None)
+        below = device.stacks[None][-2] if table is not None and table.untagged == Untagged.PARENT else top
+        core.attach(rid, None, below.space.core_id, access=below.access)
+
+    def _delegate(self, device: Device, to: Attachment | None) -> None:
+        """Lead all requests with a PASID to the table of the guest's there, or none any more."""
+        if to is not None:
+            self._core.attach(device.rid, ANY_PASID, to.space.core_id, access=to.access)
+        elif device.delegated is not None:
+            self._core.detach(device.rid, ANY_PASID)
+        device.delegated = to.space if to is not None else None
+
+    def _route_group(self, device: Device) -> None:
+        """After a change of what a device is attached to: lead it and those that must move with it."""
+        self._route(device, None)
+        for other in device.group.devices:
+            if other is not device and other.stacks.get(None):
+                self._route(other, None)
+
+    def _refuse_format(self, command: Command, device: Device, vendor: str) -> None:
+        if device.traits.formats is not None and vendor not in device.traits.formats:
+            raise command.refuse(
+                errno.EINVAL,
+                f"the IOMMU before {device} cannot walk {vendor}: it has {', '.join(sorted(device.traits.formats))}",
+            )
+
+    def _refuse_delegation(self, command: Command, device: Device, pasid: int | None, vendor: str) -> None:
+        """A PASID table of the guest's cannot serve this device (attached under `pasid`)."""
+        if pasid is not None:
+            raise command.refuse(
+                errno.EINVAL, f"PASID {device.virtual(pasid)} of {device} is attached to it: a PASID table is of a RID"
+            )
+        if not device.traits.pasid_bits:
+            raise command.refuse(errno.EINVAL, f"{device} has no PASIDs: a PASID table is nothing to it")
+        if device.traits.pasid_mode != PasidMode.WHOLE:
+            raise command.refuse(
+                errno.EINVAL, f"PASIDs of {device} come from a {device.traits.pasid_mode} pool: its table is the host's"
+            )
+        if any(each is not None for each in device.stacks):
+            raise command.refuse(errno.EINVAL, f"{device} has PASIDs attached one by one: detach them first")
+        for each in PASID_FORMATS[vendor].leads_to:
+            self._refuse_format(command, device, each)
+
+    def _refuse_space(self, command: Command, device: Device, space: Space) -> None:
+        """What an IOASID is, and the device cannot have."""
+        if space.enforce_snoop and not device.traits.snoop:
+            raise command.refuse(
+                errno.EINVAL, f"IOASID {space.ioasid} enforces snooping, and DMA of {device} cannot be made to snoop"
+            )
+        if space.table_format is not None:
+            self._refuse_format(command, device, space.table_format.vendor)
+        for window in device.windows:
+            mapping = next(space.mappings.within(window.start, window.end - window.start), None)
+            if mapping is not None:
+                raise command.refuse(
+                    errno.EADDRINUSE,
+                    f"the mapping [{mapping.iova:#x}, {mapping.end:#x}) reaches into [{window.start:#x}, "
+                    f"{window.end:#x}), which {device} reserves ({window.why}): unmap it first",
+                )
