@@ -18,6 +18,7 @@ from reference.common import Reason
 from reference.formats import VARIANTS, Variant
 from reference.nested_cases import HOST_BYTES, lift, nested_cases
 
+SEED = int(os.environ.get("VIO_SEED", "0"))
 SCALE = float(os.environ.get("VIO_CASES", "1"))
 """How much of the usual number of cases: `VIO_CASES=10 pytest tests/test_core_formats.py` tries ten times as many."""
 seen: Counter[str] = Counter()
@@ -51,7 +52,7 @@ def single(request: pytest.FixtureRequest, ram: Ram) -> Iterator[Single]:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_single_stage(single: Single, variant: Variant) -> None:
-    chance = random.Random(zlib.crc32(variant.name.encode()))
+    chance = random.Random(zlib.crc32(variant.name.encode()) + SEED)
     for _ in range(max(1, round(SCALE))):
         for case in cases.adversarial(variant, chance):
             single.judge(case.kind, case.memory, case.config, case.accesses, case.answers())
@@ -89,7 +90,7 @@ def pair(request: pytest.FixtureRequest, host_ram: Ram) -> Iterator[Nested]:
 @pytest.mark.parametrize("first", VARIANTS, ids=lambda variant: variant.name)
 def test_nested(pair: Nested, first: Variant) -> None:
     """Each configuration over three second stages, so that each format meets most others; more with VIO_CASES."""
-    chance = random.Random(zlib.crc32(first.name.encode()) + 1)
+    chance = random.Random(zlib.crc32(first.name.encode()) + 1 + SEED)
     number = VARIANTS.index(first)
     for turn in range(max(1, round(4 * SCALE))):
         host = Host.of(HOSTS[(number * 4 + turn) % len(HOSTS)])

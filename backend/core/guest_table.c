@@ -284,7 +284,8 @@ static int split(struct vio_guest_table *t, uint64_t iova)
 
     while (!(status = descend(t, iova, 1, false, &place)) && *place.entry && place.level > 1 &&
            iova & (entry_size(t, place.level) - 1)) {
-        unsigned perm = t->format->permissions(&t->config, &place.start, ~0ull, *place.entry, true) & PT_RWX;
+        /* as a walk reads it: a clean leaf may permit writes by other bits than a dirty one */
+        unsigned perm = t->format->permissions(&t->config, &place.start, ~0ull, *place.entry, false) & PT_RWX;
         uint64_t table = take_table(t, 1ull << granule(t)), part = entry_size(t, place.level - 1);
         uint64_t old = *place.entry;
         struct pt_entry leaf;

@@ -11,6 +11,13 @@
 /* How often a walk starts anew because an entry whose accessed or dirty bit it was to set changed under it. */
 #define UPDATE_ATTEMPTS 16
 
+/* One copy for all pairs of formats; clang knows no clones. */
+#if __has_attribute(noclone)
+#define OUT_OF_LINE __attribute__((noinline, noclone))
+#else
+#define OUT_OF_LINE __attribute__((noinline))
+#endif
+
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
 /* Where a stage's walk stands. */
@@ -154,8 +161,7 @@ PT_INLINE void read_entry(const struct nested *nested, struct update *use)
  * Set accessed and dirty, root to leaf, each a write by stage 2: 0, a reason, or -1: an entry has changed meanwhile.
  * Rare, hence one for all pairs; the pair's own `nested` must not get out of the compiler's sight, so it gets a copy.
  */
-static __attribute__((noinline, noclone)) int make_updates(struct nested copy, const struct update *updates,
-                                                           unsigned count)
+static OUT_OF_LINE int make_updates(struct nested copy, const struct update *updates, unsigned count)
 {
     const struct nested *nested = &copy;
 

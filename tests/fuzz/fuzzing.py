@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import platform
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +30,12 @@ BUILD = ROOT / "build" / "fuzz"
 HARNESSES = sorted(path.stem for path in HERE.glob("*.c") if path.stem != "standalone")
 SLOW = 10
 """Seconds after which one input counts as endless: they take microseconds."""
-LONGEST = 1024
-"""Bytes of an input: some hundred operations, more than any finding has needed."""
+LONGEST = 400
+"""Bytes of an input: a hundred operations, more than any finding has needed."""
 
+COMPARISON = "tests/test_core_formats.py"
+COMPARISON_SECONDS = 20
+"""What it takes for 200,000 cases."""
 MOST = 200
 """Inputs of a harness that the text file keeps, of all sizes alike: the tests run each, some varied."""
 
@@ -43,14 +49,37 @@ class Outcome:
     """Last lines of the report, if an input failed."""
 
 
-def compile_command(harness: str, made: Path, compiler: str, sanitizers: str, *more: Path) -> list[str]:
-    """The command that builds a harness with the core's own sources."""
+def build(harnesses: Sequence[str]) -> bool:
+    """Compile the core once and link each harness with it: BUILD/<harness>/fuzzer. False: the compiler has said why."""
     wide = ["-mcx16"] if platform.machine() == "x86_64" else []  # clang: no call for a compare-and-swap of 128 bits
-    return [
-        compiler, "-std=gnu11", *wide, "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CORE}", f"-I{HERE}",
-        f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-o", str(made), str(HERE / f"{harness}.c"),
-        *map(str, more), *(str(CORE / f"{source}.c") for source in SOURCES),
+    flags = [
+        "-std=gnu11", *wide, "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CORE}", f"-I{HERE}",
+        "-fno-sanitize-recover=all",
     ]  # fmt: skip
+    objects = BUILD / "core"
+    objects.mkdir(parents=True, exist_ok=True)
+    sanitized = "-fsanitize=fuzzer-no-link,address,undefined"
+    commands = [
+        ["clang", *flags, sanitized, "-c", "-o", str(objects / f"{source}.o"), str(CORE / f"{source}.c")]
+        for source in SOURCES
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        if any(pool.map(_run, commands)):
+            return False
+        return not any(
+            pool.map(
+                _run,
+                (
+                    ["clang", *flags, "-fsanitize=fuzzer,address,undefined", "-o", str(folder(harness, ".") / "fuzzer"),
+                     str(HERE / f"{harness}.c"), *(str(objects / f"{source}.o") for source in SOURCES)]
+                    for harness in harnesses
+                ),
+            )
+        )  # fmt: skip
+
+
+def _run(command: list[str]) -> int:
+    return subprocess.run(command, check=False).returncode
 
 
 def corpus_file(harness: str) -> Path:
@@ -93,11 +122,22 @@ def start(harness: str, seconds: int) -> subprocess.Popen[str]:
     log = (BUILD / harness / "log").open("w+", encoding="utf-8", errors="replace")
     command = [
         str(BUILD / harness / "fuzzer"), f"-max_total_time={seconds}", f"-timeout={SLOW}", f"-max_len={LONGEST}",
-        "-print_final_stats=1", f"-artifact_prefix={folder(harness, 'failures')}/", str(corpus),
+        "-len_control=0", "-print_final_stats=1", f"-artifact_prefix={folder(harness, 'failures')}/", str(corpus),
     ]  # fmt: skip
     process: subprocess.Popen[str] = subprocess.Popen(command, stdout=log, stderr=log, text=True)
     log.close()
     return process
+
+
+def start_comparison(seconds: int, seed: int) -> subprocess.Popen[str]:
+    """Start the suite that compares the core with the reference, as long as it takes about that time alone."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "comparison.log").open("w", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "--timeout=0", "-p", "no:cacheprovider", COMPARISON],
+            stdout=log, stderr=log, text=True, cwd=ROOT,
+            env={**os.environ, "VIO_CASES": str(max(1, seconds // COMPARISON_SECONDS)), "VIO_SEED": str(seed)},
+        )  # fmt: skip
 
 
 def outcome(harness: str, status: int, seconds: int) -> Outcome:
@@ -151,17 +191,22 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     args = parser.parse_args()
     chosen: list[str] = args.harness or HARNESSES
-    for harness in chosen:
-        folder(harness, ".")
-        command = compile_command(harness, BUILD / harness / "fuzzer", "clang", "fuzzer,address,undefined")
-        if subprocess.run(command, check=False).returncode:
-            print(f"vioasid: the harness {harness} was not built (see above)", file=sys.stderr)
-            return 2
+    if not build(chosen):
+        print("vioasid: the harnesses were not built (see above)", file=sys.stderr)
+        return 2
+    seed = secrets.randbelow(1 << 32)
+    comparison = None if args.harness else start_comparison(args.time, seed)
     running = {harness: start(harness, args.time) for harness in chosen}
+    failed = False
     try:
         outcomes = [outcome(harness, process.wait(), args.time) for harness, process in running.items()]
+        if comparison is not None:
+            failed = comparison.wait() != 0
+            print(
+                f"vioasid: compared with the reference, VIO_SEED={seed}: see build/fuzz/comparison.log", file=sys.stderr
+            )
     except KeyboardInterrupt:
-        for process in running.values():
+        for process in (*running.values(), *([comparison] if comparison else [])):
             process.terminate()
         return 130
     for one in outcomes:
@@ -175,7 +220,7 @@ def main() -> int:
             shrink(one.harness)
     if args.json:
         print(json.dumps({"results": [vars(one) for one in outcomes]}))
-    return 1 if any(one.failure is not None for one in outcomes) else 0
+    return 1 if failed or any(one.failure is not None for one in outcomes) else 0
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
  * Two engines over the same guest memory, one with caches and one that walks each time: after an invalidation the first
  * must answer as the second does.
  *
- * Entries of the guest's tables change under both. An address of a child is pending from the next change of any entry on,
- * until it is invalidated: while it is, the cached answer may be of any mixture of old and new entries, but must lie in
- * what stage 2 maps now. Changes of stage 2, of bindings and of routes need no invalidation.
+ * Each child has a table that maps the addresses asked for; its entries change under both engines. An address of a child
+ * is pending from then on, until it is invalidated: while it is, the cached answer may be of any mixture of old and new
+ * entries, but must lie in what stage 2 maps now. Changes of stage 2, of bindings and of routes need no invalidation.
  */
 #include "harness.h"
 
-#define PAGES 64u
-#define SIZE (PAGES * PAGE)
+#define UNIT (128u << 10) /* in which stage 2 is changed: a page of every granule, and more */
+#define UNITS 64u
+#define SIZE (UNITS * UNIT)
+#define PART (12 * UNIT) /* tables of a child; data lie above those of the last */
 #define HOST 1u
 #define CHILDREN 4u
 #define PROBES 12u
@@ -18,16 +20,17 @@ static uint8_t *ram;
 
 struct child {
     struct tables tables;
-    uint64_t pending; /* a bit a probe */
+    vio_guest_table *table; /* NULL: of a kind that cannot be built */
+    uint64_t pending;       /* a bit a probe */
 };
 
 struct machine {
     vio_engine *engine[2]; /* with caches, and without */
-    uint8_t leads[PAGES];  /* GPA page -> page of memory, PAGES: nowhere */
+    uint8_t leads[UNITS];  /* unit of GPAs -> unit of memory, UNITS: nowhere */
     uint64_t probe[PROBES];
-    int stage2;    /* format */
-    uint64_t unit; /* in which it maps, in pages */
+    int stage2; /* format */
     struct child child[CHILDREN];
+    unsigned number, which; /* child and probe that ops are about, until one turns to others: else they would not meet */
 };
 
 /* The same call for both engines. */
@@ -37,11 +40,36 @@ struct machine {
         HOLDS(call((m)->engine[1], __VA_ARGS__) == status_);                                                           \
     } while (0)
 
+static uint64_t page_of(const struct child *c, uint64_t iova)
+{
+    return iova & ~((1ull << c->tables.config.table.tree.granule) - 1);
+}
+
+/* Lead the page of a probe to some data; `large`: the page of the level above. */
+static void lead(struct machine *m, struct child *c, unsigned which, uint64_t target, bool large)
+{
+    unsigned granule = c->tables.config.table.tree.granule, lg2 = large ? pt_entry_lg2(granule, 2) : granule;
+    uint64_t size = 1ull << lg2, page = m->probe[which] & ~(size - 1);
+    uint64_t gpa = (CHILDREN * PART + (target << granule) % (SIZE - CHILDREN * PART)) & ~(size - 1);
+
+    if (!c->table)
+        return;
+    vio_guest_table_unmap(c->table, page, size);
+    if (target != 255)
+        vio_guest_table_map(c->table, page, gpa, size, target & 64 ? VIO_READ : RW_BOTH);
+    for (unsigned i = 0; i < PROBES; i++)
+        if (large || page_of(c, m->probe[i]) == page)
+            c->pending |= 1ull << i;
+}
+
+/* Any entry anywhere, the tables of all children among them. */
 static void write_entry(struct machine *m, struct input *in, unsigned kind)
 {
-    uint64_t at, entry = take_entry(in, &m->child[take(in, 1) % CHILDREN].tables, 0, PAGES, kind, &at), old;
+    const struct child *c = &m->child[m->number];
+    unsigned part = (unsigned)(c - m->child);
+    uint64_t at, old, entry = take_entry(in, &c->tables, part * PART, PART / PAGE, kind, &at);
 
-    at = at % SIZE & ~7ull;
+    at = (part * PART + at) % SIZE & ~7ull;
     memcpy(&old, ram + at, sizeof old);
     if (kind == ENTRY_FLIP)
         entry ^= old;
@@ -54,12 +82,12 @@ static void write_entry(struct machine *m, struct input *in, unsigned kind)
 
 static void check_safe(const struct machine *m, const vio_translation *found)
 {
-    uint64_t page = found->gpa / PAGE, last = (found->gpa + (found->size - 1)) / PAGE;
+    uint64_t unit = found->gpa / UNIT, last = (found->gpa + (found->size - 1)) / UNIT;
 
-    HOLDS(found->size && found->gpa + (found->size - 1) >= found->gpa && last < PAGES);
-    for (; page <= last; page++)
-        HOLDS(m->leads[page] < PAGES && (uintptr_t)ram + m->leads[page] * PAGE ==
-                                            (found->hva & ~(uint64_t)(PAGE - 1)) + (page - found->gpa / PAGE) * PAGE);
+    HOLDS(found->size && found->gpa + (found->size - 1) >= found->gpa && last < UNITS);
+    for (uint64_t i = unit; i <= last; i++)
+        HOLDS(m->leads[i] < UNITS &&
+              (uintptr_t)ram + m->leads[i] * UNIT == found->hva - found->gpa % UNIT + (i - unit) * UNIT);
 }
 
 static void check_equal(const struct child *c, int status, const vio_translation *cached, const vio_fault *fault,
@@ -80,13 +108,13 @@ static void check_equal(const struct child *c, int status, const vio_translation
 
 static void probe(struct machine *m, struct input *in)
 {
-    unsigned number = (unsigned)take(in, 1) % CHILDREN, which = (unsigned)take(in, 1), need = 1 + which / 16;
+    unsigned number = m->number, which = m->which, need = (unsigned)take(in, 1);
     const struct child *c = &m->child[number];
     vio_translation cached, walked;
     vio_fault fault;
     int status[2];
 
-    which %= PROBES;
+    need = need < 128 ? VIO_READ : need & 15;
     status[0] = vio_translate(m->engine[0], number, VIO_NO_PASID, m->probe[which], need, &cached);
     fault = *vio_last_fault();
     status[1] = vio_translate(m->engine[1], number, VIO_NO_PASID, m->probe[which], need, &walked);
@@ -103,11 +131,11 @@ static void probe(struct machine *m, struct input *in)
 
 static void invalidate(struct machine *m, struct input *in)
 {
-    unsigned number = (unsigned)take(in, 1) % CHILDREN, choice = (unsigned)take(in, 1);
+    unsigned number = m->number, choice = (unsigned)take(in, 1);
     uint64_t first = 0, last = UINT64_MAX;
 
     if (choice & 1) {
-        first = m->probe[choice / 2 % PROBES];
+        first = m->probe[m->which];
         last = first + ((take(in, 1) + 1) << (choice >> 5) * 5) - 1;
         if (last < first)
             last = UINT64_MAX;
@@ -130,26 +158,36 @@ static void invalidate(struct machine *m, struct input *in)
 static void bind(struct machine *m, unsigned number, struct input *in)
 {
     struct child *c = &m->child[number];
-    uint64_t choice = take(in, 1);
+    uint64_t choice = take(in, 1), place = number * PART;
 
-    c->tables = take_tables(in, guest_format(choice >> 2, m->stage2), (choice & 3) * 16 * PAGE, 0);
+    if (c->table)
+        vio_guest_table_destroy(c->table);
+    c->table = NULL;
+    c->tables = take_tables(in, guest_format(choice >> 1, m->stage2), place, choice & 1 ? 0 : TABLES_PLAIN);
+    memset(ram + place, 0, 2 * PAGE); /* of any root: enough to be new */
+    if (!vio_guest_table_create(c->tables.format, &c->tables.asked, ram, place, PART, &c->table)) {
+        vio_guest_table_get(c->table, &c->tables.asked);
+        c->tables.config.table = c->tables.asked;
+    }
     BOTH(m, vio_space_bind, HOST + 1 + number, c->tables.format, &c->tables.asked);
+    for (unsigned i = 0; i < PROBES; i++)
+        lead(m, c, i, i * 5, false);
     c->pending = 0;
+    for (unsigned i = 0; i < CHILDREN; i++) /* their tables may have led here */
+        if (i != number)
+            m->child[i].pending = ~0ull;
 }
 
 static void change_stage2(struct machine *m, struct input *in)
 {
-    uint64_t first = take(in, 1) % PAGES, count = 1 + take(in, 1) % 8, to = take(in, 1), unit = m->unit;
+    uint64_t first = take(in, 1) % UNITS, count = 1 + take(in, 1) % 4, to = take(in, 1);
 
-    for (uint64_t page = first - first % unit; page < first + count && page < PAGES; page += unit) {
-        uint64_t lead = to & 128 ? PAGES : (page + to - to % unit) % PAGES;
-
-        if (m->leads[page] < PAGES)
-            BOTH(m, vio_space_unmap, HOST, page * PAGE, unit * PAGE);
-        for (uint64_t i = 0; i < unit; i++)
-            m->leads[page + i] = (uint8_t)(lead < PAGES ? lead + i : PAGES);
-        if (lead < PAGES)
-            BOTH(m, vio_space_map, HOST, page * PAGE, (uintptr_t)ram + lead * PAGE, unit * PAGE, RW_BOTH);
+    for (uint64_t unit = first; unit < first + count && unit < UNITS; unit++) {
+        if (m->leads[unit] < UNITS)
+            BOTH(m, vio_space_unmap, HOST, unit * UNIT, UNIT);
+        m->leads[unit] = to & 128 ? UNITS : to & 64 ? (uint8_t)unit : (uint8_t)((unit + to) % UNITS);
+        if (m->leads[unit] < UNITS)
+            BOTH(m, vio_space_map, HOST, unit * UNIT, (uintptr_t)ram + m->leads[unit] * UNIT, UNIT, RW_BOTH);
     }
 }
 
@@ -169,17 +207,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct tables host;
 
     if (!ram)
-        ram = reserve(SIZE, 1 << 16, PROT_READ | PROT_WRITE);
+        ram = reserve(SIZE, 2u << 20, PROT_READ | PROT_WRITE);
     host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
+    if (host.config.last < SIZE)
+        return 0;
     m.stage2 = host.format;
-    m.unit = pages_of(&host);
     HOLDS(!vio_engine_create(4 + (uint32_t)take(&in, 1), &m.engine[0]) && !vio_engine_create(0, &m.engine[1]));
     BOTH(&m, vio_space_create_host, HOST, host.format, &host.asked);
     BOTH(&m, vio_space_map, HOST, 0, (uintptr_t)ram, SIZE, RW_BOTH);
-    for (uint8_t page = 0; page < PAGES; page++)
-        m.leads[page] = page;
+    for (uint8_t unit = 0; unit < UNITS; unit++)
+        m.leads[unit] = unit;
     for (unsigned i = 0; i < PROBES; i++)
-        m.probe[i] = take_address(&in);
+        m.probe[i] = i < 2 ? take_address(&in) : (uint64_t)(i * 37 % 128) << 12 | (uint64_t)(i & 3) << 21;
     for (uint32_t number = 0; number < CHILDREN; number++) {
         BOTH(&m, vio_space_create_nested, HOST + 1 + number, HOST);
         BOTH(&m, vio_route_attach, number, VIO_NO_PASID, HOST + 1 + number, RW_BOTH);
@@ -188,23 +227,33 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     while (more(&in)) {
         uint64_t op = take(&in, 1);
 
+        if (op >> 6 == 3) {
+            m.number = (unsigned)(op >> 4 & 3) % CHILDREN;
+            m.which = (unsigned)take(&in, 1) % PROBES;
+        }
         switch (op & 15) {
         case 0: change_stage2(&m, &in); break;
-        case 1: bind(&m, op / 16 % CHILDREN, &in); break;
-        case 2: replace(&m, op / 16 % CHILDREN, &in); break;
+        case 1:
+            if (op & 16)
+                bind(&m, m.number, &in);
+            else
+                replace(&m, m.number, &in);
+            break;
+        case 2:
         case 3:
-        case 4:
-        case 5: invalidate(&m, &in); break;
+        case 4: invalidate(&m, &in); break;
+        case 5: write_entry(&m, &in, op >> 4 & 3); break;
         case 6:
         case 7:
-        case 8:
-        case 9:
-        case 10: write_entry(&m, &in, op >> 4 & 3); break;
+        case 8: lead(&m, &m.child[m.number], m.which, take(&in, 1), (op >> 4 & 3) == 3); break;
         default: probe(&m, &in); break;
         }
     }
+    for (unsigned i = 0; i < CHILDREN; i++)
+        if (m.child[i].table)
+            vio_guest_table_destroy(m.child[i].table);
     vio_engine_destroy(m.engine[0]);
     vio_engine_destroy(m.engine[1]);
-    memset(ram, 0, SIZE);
+    madvise(ram, SIZE, MADV_DONTNEED);
     return 0;
 }
