@@ -58,6 +58,15 @@ def serving(path: Path, *, endpoints: int = 4) -> Iterator[Served]:
     assert not path.exists()
 
 
+def vioasid(*arguments: str, runtime: Path | None = None, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would."""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(runtime)} if runtime is not None else None
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        env=environment, input=text, capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+
+
 class Memory:
     """A memfd of this process, which a client shares: its byte 0 stands at `vaddr`."""
 

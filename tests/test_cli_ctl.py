@@ -1,4 +1,4 @@
-"""`vioasid ctl`, `spaces` and `faults`, and finding the run that is meant."""
+"""`vioasid ctl`, `vioasid serve --no-vm`, and finding the run that is meant."""
 
 from __future__ import annotations
 
@@ -14,25 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from control_serving import COMMAND, FIRST, Served, memory, serving
+from control_serving import COMMAND, SECONDS, Served, serving, vioasid
 
 from backend.cli.values import for_json, parse, readable
-
-SECONDS = 60
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serving(tmp_path_factory.mktemp("ctl") / "s", endpoints=2) as found:
         yield found
-
-
-def vioasid(*arguments: str, runtime: Path | None = None, text: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(runtime)} if runtime is not None else None
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        env=environment, input=text, capture_output=True, text=True, timeout=SECONDS, check=False,
-    )  # fmt: skip
 
 
 def ctl(served: Served, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -111,62 +101,6 @@ def test_lines_that_cannot_be_run(served: Served, arguments: list[str], text: st
     done = ctl(served, *arguments, text=text)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr and "Traceback" not in done.stderr
-
-
-def test_spaces_and_faults(served: Served) -> None:
-    with served.client() as client, memory(1 << 20) as ram:
-        ram.share(client)
-        client.call("ioasid.alloc", kind="kernel")
-        client.call("ioasid.map_dma", ioasid=1, iova=0, vaddr=ram.vaddr, size=ram.size)
-        client.call("vfio.bind_ioasid_fd", rid=FIRST)
-        client.call("vfio.attach_ioasid", rid=FIRST, ioasid=1)
-        for parent in (1, 1):
-            client.call("ioasid.create_nesting", parent=parent)
-        client.call("ioasid.bind_pgtable", ioasid=2, root=0x3000, levels=3)
-        client.call("vfio.attach_ioasid", rid=FIRST, ioasid=2, access="r")
-        client.call("endpoint.dma_read", rid=FIRST, iova=0x5000, length=4)
-        (context,) = client.call("vm.contexts")
-        socket_option = ["--socket", str(served.path)]
-        shown = vioasid("spaces", *socket_option).stdout.splitlines()
-        assert shown == [
-            f"context {context['context']}, client of pid {os.getpid()}: 3 IOASIDs, 1 device",
-            "└─ 1 kernel, amd-v1 4 levels, 48 bits, 1 mapping of 1 MiB",
-            "   │  attached: sw0 01:00.0, routed to a child",
-            "   │  0 requests, 0 bytes, 0 faults",
-            "   ├─ 2 user, amd-v1 3 levels, 39 bits, root 0x3000",
-            "   │     attached: sw0 01:00.0 (r)",
-            "   │     1 request, 0 bytes, 1 fault",
-            "   └─ 3 user, no table bound",
-            "         0 requests, 0 bytes, 0 faults",
-        ]
-        (listed,) = json.loads(vioasid("spaces", "--json", *socket_option).stdout)["contexts"]
-        assert [(each["ioasid"], each["parent"], each["kind"]) for each in listed["spaces"]] == [
-            (1, None, "kernel"), (2, 1, "user"), (3, 1, "user"),
-        ]  # fmt: skip
-        (line,) = vioasid("faults", *socket_option).stdout.splitlines()
-        assert line.partition(" ")[2] == (
-            f"#1 sw0 01:00.0: read at IOVA 0x5000, IOASID 2 of context {context['context']}: NOT_PRESENT, "
-            "stage 1 level 3, entry at GPA 0x3000"
-        )
-        (fault,) = json.loads(vioasid("faults", "--json", *socket_option).stdout)["faults"]
-        assert (fault["iova"], fault["reason"], fault["device"]) == (0x5000, "NOT_PRESENT", "sw0")
-    done = vioasid("spaces", *socket_option)
-    assert (done.returncode, done.stdout) == (0, "no contexts: nobody has opened one\n")
-
-
-def test_faults_that_are_yet_to_come(tmp_path: Path) -> None:
-    with serving(tmp_path / "s", endpoints=1) as served, served.client() as client:
-        client.call("endpoint.dma_read", rid=FIRST, iova=0x1000, length=1)
-        command = [*COMMAND, "faults", "--follow", "--json", "--socket", str(served.path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
-            assert following.stdout is not None
-            assert json.loads(following.stdout.readline())["iova"] == 0x1000
-            client.call("endpoint.dma_read", rid=FIRST, iova=0x2000, length=1)
-            assert json.loads(following.stdout.readline())["iova"] == 0x2000
-            served.process.terminate()  # the run ends, and so does what follows it
-            assert following.stdout.readline() == ""
-            assert following.wait(SECONDS) == 0
-        served.process.wait(SECONDS)
 
 
 def test_nobody_listens(tmp_path: Path) -> None:

@@ -184,6 +184,17 @@ async def test_faults_are_kept_up_to_a_bound(
     assert await client.call("vm.faults", after=1 << 40) == {"faults": [], "lost": 0, "more": False}
 
 
+async def test_a_page_request_that_nobody_answers_ends_in_time(alone: EngineAlone) -> None:
+    alone.engine.page_timeout = 0.05
+    async with await Client.connect(alone.control.path) as client:
+        await client.call("ioasid.alloc")
+        await client.call("vfio.bind_ioasid_fd", rid=FIRST)
+        await client.call("vfio.attach_ioasid", rid=FIRST, ioasid=1)
+        for group in (1, 2):
+            asked = client.call("endpoint.page_request", rid=FIRST, iova=PAGE, access="r", group=group)
+            assert await asyncio.wait_for(asked, 10) == {"code": "invalid"}
+
+
 async def test_spaces_come_in_pages(client: Client, alone: EngineAlone) -> None:
     for _ in range(150):
         await client.call("ioasid.alloc", levels=3)

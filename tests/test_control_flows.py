@@ -178,9 +178,8 @@ def test_an_io_page_fault(client: BlockingClient, ram: Memory) -> None:
     client.call("vfio.attach_ioasid", rid=DEV1, ioasid=gva, pasid=5)
     client.call("subscribe", topics=["ioasid.ready"])
     results: list[Any] = []
-    asking = threading.Thread(
-        target=lambda: results.append(ask_for_a_page(client_path(client), GIOVA + 0x10, pasid=5)), daemon=True
-    )
+    path = Path(client.call("vm.status")["socket"])
+    asking = threading.Thread(target=lambda: results.append(ask_for_a_page(path, GIOVA + 0x10, pasid=5)), daemon=True)
     asking.start()
     told = client.notification(30)
     assert told is not None and told.method == "ioasid.ready"
@@ -195,10 +194,6 @@ def test_an_io_page_fault(client: BlockingClient, ram: Memory) -> None:
     assert client.call("endpoint.dma_write", rid=DEV1, iova=GIOVA, data=b"mended", pasid=5) == {"fault": None}
     assert ram.get(GPA, 6) == b"mended"
     assert refusal(client, "ioasid.page_response", rid=DEV1, group=3, code="success", pasid=5)[0] == errno.ENOENT
-
-
-def client_path(client: BlockingClient) -> Path:
-    return Path(client.call("vm.status")["socket"])
 
 
 def ask_for_a_page(path: Path, iova: int, pasid: int) -> Any:

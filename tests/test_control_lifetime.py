@@ -220,6 +220,10 @@ def test_a_thousand_connections_each_with_objects(served: Served) -> None:
                 for _ in range(1000):
                     clients.append(client := served.client())
                     assert client.call("ioasid.alloc") == 1
+                    with memory(PAGE) as page:  # closed at once: the server's mapping keeps it
+                        page.share(client)
+                    client.call("ioasid.map_dma", ioasid=1, iova=0, vaddr=VADDR, size=PAGE)
+                    client.call("ioasid.map_dma", ioasid=1, iova=PAGE, vaddr=VADDR + PAGE, size=PAGE)  # not shared
                     assert client.call("ioasid.create_nesting", parent=1) == 2
                 clients[0].call("vfio.bind_ioasid_fd", rid=FIRST)
                 during = watcher.call("vm.status")

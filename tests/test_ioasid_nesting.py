@@ -147,8 +147,8 @@ def test_mappings_that_meet_the_parents_in_parts(nest: Nest) -> None:
         nest.map_ram(iova, page, pages)
     child = nest.beneath(nest.root)
     nest.map(child, 50, 1, 7)
-    expected: list[int | None] = [1, 2, None, 20, None, 30, 31]
-    assert nest.sees(child, *range(50, 57)) == expected
+    expected: list[int | None] = [None, 1, 2, None, 20, None, 30, 31, None]
+    assert nest.sees(child, *range(49, 58)) == expected
     nest.map_ram(3, 60)
     assert nest.sees(child, 52) == [60]
     nest.unmap(nest.root, 0, 3)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from guest_ram import PAGE, Ram
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from backend.core import Access, Fault
 from backend.ioasid import Engine, Kind
@@ -63,6 +63,16 @@ class Nesting(RuleBasedStateMachine):
         for each in reversed(chain):
             self.ctx.attach(rid, each)
 
+    @initialize(above=st.lists(spaces, min_size=2, max_size=4), begin=st.lists(st.tuples(pages, pages, sizes)))
+    def begin(self, above: list[int], begin: list[tuple[int, int, int]]) -> None:
+        """A tree, and something mapped in each of it: else most sequences would come to little."""
+        self.entered(self.ctx.alloc(), None)
+        for number in above:
+            self.nest(number)
+        for number in range(len(self.parents)):
+            for page, place, size in begin:
+                self.map(number, page, place, size, RW)
+
     @rule()
     def alloc(self) -> None:
         if len(self.parents) < 6:
@@ -77,7 +87,7 @@ class Nesting(RuleBasedStateMachine):
     @rule(number=spaces)
     def free(self, number: int) -> None:
         ioasid = self.pick(number)
-        if ioasid is not None and ioasid not in self.parents.values():
+        if ioasid is not None and ioasid not in self.parents.values() and len(self.parents) > 3:
             rid = self.rids.pop(ioasid)
             while self.engine.devices[rid].stacks:
                 self.ctx.detach(rid)

@@ -10,6 +10,7 @@ from typing import Any
 
 from backend.ioasid import Context, Engine
 from protocol import Connection, Method, Server
+from protocol.sockets import allow_descriptors
 
 from .binding import Bound, bind_all
 from .contexts import Contexts
@@ -18,6 +19,9 @@ from .events import TOPICS, Events
 from .parameters import Params
 from .session import Session
 from .status import Status
+
+DESCRIPTORS = 4
+"""Of a connection: its socket, a memfd on its way, and what holds its client's process."""
 
 Look = Callable[[Session, Params], Any]
 
@@ -77,6 +81,7 @@ class Control:
 
     async def start(self) -> None:
         """Listen. Raises protocol.SocketRefused."""
+        allow_descriptors(self._server.limits.connections * DESCRIPTORS)
         await self._server.start()
 
     async def close(self) -> None:

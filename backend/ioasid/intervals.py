@@ -65,6 +65,8 @@ class Intervals(Generic[R]):
 
     def overlapping(self, start: int, size: int) -> list[R]:
         """All that share a byte with [start, start + size), which is not empty."""
+        if not self._by_key:
+            return []
         found = [
             item
             for level in self._levels

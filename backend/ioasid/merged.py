@@ -101,8 +101,12 @@ class HostTable:
 
     def unmap(self, iova: int, size: int) -> None:
         """Take away what one `map` mapped; nothing uses it, here or beneath, once this returned."""
-        if self._above is not None:
-            self._above._below.remove(self._links.pop(iova))
+        if self._above is None:
+            piece = self.pieces.at(iova)
+            assert piece is not None
+            self.take(piece)
+            return
+        self._above._below.remove(self._links.pop(iova))
         for piece in list(self.pieces.within(iova, size)):
             self.take(piece)
 
