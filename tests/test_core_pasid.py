@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ TREES: dict[str, Callable[[Memory, Region], Any]] = {
 
 
 @dataclass
-class Kind:
+class Kind(ABC):
     """One kind of PASID table in one shape.
 
     `expect`: the stage-1 walk of a PASID as (walk, configuration), None for no stage 1, or the fault; and whether
@@ -62,8 +63,9 @@ class Kind:
     tables: list[int]
     """Addresses of words that lead somewhere: of PASID tables, and of the page tables below."""
 
+    @abstractmethod
     def lookup(self, memory: Memory, pasid: int) -> tuple[Any, bool] | common.Fault:
-        raise NotImplementedError
+        """The reference's answer."""
 
 
 class Gcr3Kind(Kind):
