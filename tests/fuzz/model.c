@@ -279,7 +279,7 @@ static void read_dirty(struct model *m, struct input *in, bool all)
     unsigned lg2 = 12 + (unsigned)(choice & 15), expected = 0, found = 0;
     bool clear = all || choice & 16;
 
-    if (!all)
+    if (!all && !(choice & 32))
         take_range(in, &gpa, &size);
     if (gpa + size < gpa || size >> lg2 > sizeof bitmap * 8)
         return;
@@ -481,7 +481,9 @@ static void request(struct model *m, struct input *in)
     vio_translation found;
     int status;
 
-    if (c && c->bound && choice & 8)
+    if (target == 1 && choice & 64)
+        iova = DATA + place % 32 * PAGE + (choice & 4 ? place : 0);
+    else if (c && c->bound && choice & 8)
         iova = c->iova + (place % UNITS << c->unit_lg2) + (choice & 4 ? place << 3 : 0);
     else if (m->mapped.runs && choice & 16)
         iova = m->mapped.run[place % m->mapped.runs].first + take(in, 2);
@@ -505,6 +507,25 @@ static void request(struct model *m, struct input *in)
     move(m, in, rid, iova & ~7ull, need, &found);
 }
 
+/* All of memory where it is expected, as a guest has it. */
+static void map_memory(struct model *m)
+{
+    if (overlaps(&m->mapped, 0, RAM - 1) || !range_ok(m, 0, RAM) || m->mapped.runs >= MAX_RUNS)
+        return;
+    HOLDS(!vio_space_map(m->engine, HOST, 0, (uintptr_t)ram, RAM, RW_BOTH));
+    add_run(&m->mapped, (struct run){0, RAM - 1, (uintptr_t)ram, RW_BOTH});
+}
+
+/* Every device attached to a space of its own, the first to stage 2: where most inputs begin. */
+static void attach_all(struct model *m)
+{
+    for (uint32_t rid = 0; rid <= CHILDREN; rid++) {
+        HOLDS(!vio_route_attach(m->engine, rid, VIO_NO_PASID, HOST + rid, RW_BOTH));
+        m->route[rid] = 1 + rid;
+        m->route_access[rid] = RW_BOTH;
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct input in = {data, data + size};
@@ -519,6 +540,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     HOLDS(!vio_space_create_host(m.engine, HOST, m.host.format, &m.host.asked));
     for (unsigned i = 0; i < CHILDREN; i++)
         HOLDS(!vio_space_create_nested(m.engine, HOST + 1 + i, HOST));
+    if (!(take(&in, 1) & 128)) {
+        map_memory(&m);
+        attach_all(&m);
+    }
     while (more(&in))
         switch (take(&in, 1) & 15) {
         case 0:
@@ -529,14 +554,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         case 5: edit(&m, &in, true); break;
         case 6: invalidate(&m, &in); break;
         case 7: attach(&m, &in); break;
+        case 8: map_memory(&m); break;
         case 9: protect(&m, &in); break;
         case 10: track(&m, &in); break;
-        case 8: /* all of memory where it is expected, as a guest has it */
-            if (!overlaps(&m.mapped, 0, RAM - 1) && range_ok(&m, 0, RAM) && m.mapped.runs < MAX_RUNS) {
-                HOLDS(!vio_space_map(m.engine, HOST, 0, (uintptr_t)ram, RAM, RW_BOTH));
-                add_run(&m.mapped, (struct run){0, RAM - 1, (uintptr_t)ram, RW_BOTH});
-            }
-            break;
         default: request(&m, &in); break;
         }
     vio_engine_destroy(m.engine);
