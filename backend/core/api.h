@@ -238,6 +238,9 @@ int vio_pasid_invalidate(vio_engine *engine, uint32_t ioasid, uint32_t pasid, ui
 
 /* dirty.c: bit i of the bitmap, zeroed by the caller, stands for the 2^page_lg2 bytes from iova + i * 2^page_lg2 */
 int vio_dirty_set(vio_engine *engine, uint32_t ioasid, int on);
+/* Pages of [iova, iova + size) of a space that are dirty make those from `start` on of another one so. */
+int vio_dirty_pass(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t to, uint64_t start,
+                   int clear);
 int vio_dirty_read(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t page_lg2, int clear,
                    uint8_t *bitmap);
 

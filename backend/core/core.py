@@ -175,6 +175,18 @@ class Core(Requests):
         _check(status, ioasid, iova, size)
         return bytes(bitmap)
 
+    def pass_dirty(self, ioasid: int, iova: int, size: int, to: int, start: int, *, clear: bool) -> None:
+        """Make pages of another space dirty, from `start` on, as those of [iova, iova + size) are; `clear`: these no
+        longer. Where there is no room for all, what was passed was passed.
+
+        Raises: UntrackedError (either space), BadValueError, UnknownIdError, KindError, LimitError.
+        """
+        status = lib.vio_dirty_pass(
+            self._engine, _id(ioasid), _address(iova, "iova"), _address(size, "size"), _id(to),
+            _address(start, "start"), clear,
+        )  # fmt: skip
+        _check(status, ioasid, iova, size)
+
     def bind_table(
         self,
         ioasid: int,

@@ -268,3 +268,61 @@ int vio_dirty_read(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t 
     gate_release(&engine->gate);
     return status;
 }
+
+/* Chunks of `from` hold pages that are to be dirty in `to`, so many bytes further on (modulo 2^64). */
+static int pass_chunk(struct vio_engine *engine, const struct report *range, uint64_t *chunk, uint64_t key,
+                      struct dirty *to, uint64_t further, bool clear)
+{
+    for (uint64_t i = 0; i < CHUNK_PAGES / 64; i++) {
+        for (uint64_t word = chunk[i]; word; word &= word - 1) {
+            unsigned bit = (unsigned)__builtin_ctzll(word);
+            uint64_t page = (key << CHUNK_PAGES_LG2) + 64 * i + bit, at = (page << PAGE_LG2) + further;
+            int status;
+
+            if (page < range->first_page || page > range->last_page)
+                continue;
+            status = dirty_cover(to, &engine->pool, at, at);
+            if (status)
+                return status;
+            dirty_mark_pages(to, at, 1);
+            if (clear)
+                chunk[i] &= ~(1ull << bit);
+        }
+    }
+    return VIO_OK;
+}
+
+int vio_dirty_pass(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t to_ioasid,
+                   uint64_t start, int clear)
+{
+    uint64_t last = iova + (size - 1);
+    struct space *from, *to;
+    int status = VIO_ERR_UNKNOWN;
+
+    if (!size || ((iova | size | start) & ((1ull << PAGE_LG2) - 1)) || last < iova || start + (size - 1) < start ||
+        ioasid == to_ioasid)
+        return VIO_ERR_VALUE;
+    engine_change_begin(engine);
+    from = space_find(engine, ioasid);
+    to = space_find(engine, to_ioasid);
+    if (from && to)
+        status = !space_has_table(from) || !space_has_table(to) ? VIO_ERR_KIND
+                 : !from->dirty || !to->dirty                   ? VIO_ERR_UNTRACKED
+                                                                : VIO_OK;
+    if (!status) {
+        struct report range = {iova >> PAGE_LG2, last >> PAGE_LG2, 0, NULL};
+        size_t count;
+        uint64_t *keys = chunk_keys(from->dirty, iova, last, &count);
+
+        status = keys ? VIO_OK : VIO_ERR_MEMORY;
+        for (size_t i = 0; !status && i < count; i++) {
+            status = pass_chunk(engine, &range, index_find(&from->dirty->chunks, keys[i]), keys[i], to->dirty,
+                                start - iova, clear);
+            if (clear)
+                trim_chunk(&engine->pool, from, keys[i]);
+        }
+        free(keys);
+    }
+    engine_change_end(engine);
+    return status;
+}

@@ -65,15 +65,19 @@ def vm(request: Request) -> Body:
 def _table(request: Request, above: HostTable | None, leave: Callable[[HostTable], None] | None = None) -> HostTable:
     fmt = request.format
     request.core.create_host_space(request.core_id, fmt=FORMATS[fmt.vendor].table(fmt))
-    return HostTable(
-        request.core,
-        request.core_id,
-        request.engine.merged_room,
-        above,
-        leave=leave,
-        memory=request.memory,
-        write_only=FORMATS[fmt.vendor].write_only,
-    )
+    try:
+        return HostTable(
+            request.core,
+            request.core_id,
+            request.engine.merged_room,
+            above,
+            leave=leave,
+            memory=request.memory,
+            write_only=FORMATS[fmt.vendor].write_only,
+        )
+    except BaseException:
+        request.core.destroy_space(request.core_id)
+        raise
 
 
 def sva(request: Request) -> Body:

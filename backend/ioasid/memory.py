@@ -126,7 +126,7 @@ class MemoryCommands(Checks):
         command = cmd.SET_DIRTY_TRACKING
         space = self._space(command, ioasid, ioasid=ioasid, on=on)
         with within_limits(command):
-            self._core.set_dirty_tracking(space.core_id, on)
+            space.table.track(on)
 
     def get_dirty_bitmap(
         self, ioasid: int, iova: int, size: int, page_size: int = PAGE_SIZE, clear: bool = True
@@ -145,7 +145,7 @@ class MemoryCommands(Checks):
             )
         with within_limits(command):
             try:
-                return self._core.read_dirty(space.core_id, iova, size, page_size, clear=clear)
+                return space.table.read_dirty(iova, size, page_size, clear=clear)
             except UntrackedError as error:
                 raise command.refuse(
                     errno.EINVAL, f"IOASID {ioasid} is not tracked: SET_DIRTY_TRACKING first"

@@ -44,11 +44,9 @@ class Link:
     def cut(self, piece: Mapping) -> Mapping | None:
         """What a piece of the parent's comes to in the child; None: nothing that the child's table could permit."""
         low, high = max(self.start, piece.iova), min(self.start + self.size, piece.end)
-        access = self.access & piece.access
-        if not access or not (access & Access.READ or self.child.write_only):
-            return None
         where = piece.where + low - piece.iova
-        return Mapping(self.iova + low - self.start, high - low, where, where, access)
+        part = Mapping(self.iova + low - self.start, high - low, where, where, self.access & piece.access)
+        return part if self.child.fits(part) else None
 
 
 class HostTable:
@@ -70,10 +68,13 @@ class HostTable:
         memory: UserMemory | None = None,
         write_only: bool = True,
     ) -> None:
+        """Of an empty space of the core. Raises a CoreError if there is no room to track what its parent tracks."""
         self.core = core
         self.core_id = core_id
         self.write_only = write_only
         """Whether its format can permit writes without reads."""
+        self.tracked = False
+        """Whether its user wants to know of dirty pages."""
         self.pieces = Mappings()
         self._room = room
         self._above = above
@@ -81,6 +82,12 @@ class HostTable:
         self._memory = memory
         self._links: dict[int, Link] = {}
         self._below: Intervals[Link] = Intervals()
+        self._children: set[HostTable] = set()
+        self._trackers: int = above._trackers if above is not None else 0
+        if self._trackers:
+            core.set_dirty_tracking(core_id, True)
+        if above is not None:
+            above._children.add(self)
 
     # Body
 
@@ -106,9 +113,12 @@ class HostTable:
             assert piece is not None
             self.take(piece)
             return
-        self._above._below.remove(self._links.pop(iova))
+        link = self._links.pop(iova)
+        self._above._below.remove(link)
         for piece in list(self.pieces.within(iova, size)):
             self.take(piece)
+        self._gather(iova, size)
+        self._pass_up(link, iova, size, clear=not self.tracked)
 
     def close(self) -> None:
         """Give the table up. Nothing is beneath it any more."""
@@ -117,11 +127,17 @@ class HostTable:
         if self._above is not None:
             for link in self._links.values():
                 self._above._below.remove(link)
+                self._pass_up(link, link.iova, link.size, clear=False)
+            self._above._children.discard(self)
             for _ in self.pieces:
                 self._room.give()
         self.core.destroy_space(self.core_id)
 
     # Pieces
+
+    def fits(self, piece: Mapping) -> bool:
+        """Whether its format can hold a piece, and the piece permits anything."""
+        return bool(piece.access & Access.READ or (piece.access and self.write_only))
 
     def put(self, piece: Mapping, *, at_all_costs: bool = False) -> None:
         """A piece comes, here and beneath. Without room, nothing has changed, and a CoreError says so.
@@ -175,3 +191,64 @@ class HostTable:
         held = self.pieces.at(part.iova) if part is not None else None
         if held is not None:  # else there was no room for it
             self.take(held)
+
+    # Dirty pages: what is written through a child is written in all tables above it
+
+    def track(self, on: bool) -> None:
+        """Note from now on, or no longer, which pages are written, here and beneath. A CoreError: no room, and nothing
+        has changed."""
+        if on != self.tracked:
+            for link in self._links.values():  # what was written before is its parents' business alone
+                self._pass_up(link, link.iova, link.size, clear=True)
+            self._count_tracker(1 if on else -1)
+            self.tracked = on
+
+    def read_dirty(self, iova: int, size: int, page_size: int, *, clear: bool) -> bytes:
+        """As Core.read_dirty, what was written beneath included.
+
+        A page that was written through a child which is tracked itself is told again until it is read there, too.
+        """
+        self._gather(iova, size)
+        if clear and self._above is not None and self._above._trackers:
+            for link in list(self._links.values()):
+                self._pass_up(link, iova, size, clear=False)
+        return self.core.read_dirty(self.core_id, iova, size, page_size, clear=clear)
+
+    def _count_tracker(self, one: int) -> None:
+        self._trackers += one
+        if self._trackers == (one > 0):
+            try:
+                self.core.set_dirty_tracking(self.core_id, one > 0)
+            except BaseException:
+                self._trackers -= one
+                raise
+        done: list[HostTable] = []
+        try:
+            for child in self._children:
+                child._count_tracker(one)
+                done.append(child)
+        except BaseException:
+            self._trackers -= one
+            if not self._trackers:
+                self.core.set_dirty_tracking(self.core_id, False)
+            for child in done:
+                child._count_tracker(-one)
+            raise
+
+    def _gather(self, iova: int, size: int) -> None:
+        """Let what was written beneath be dirty here."""
+        if not self._trackers:
+            return
+        for link in self._below.overlapping(iova, size):
+            low, high = max(iova, link.start), min(iova + size, link.start + link.size)
+            first = link.iova + low - link.start
+            link.child._gather(first, high - low)
+            link.child._pass_up(link, first, high - low, clear=not link.child.tracked)
+
+    def _pass_up(self, link: Link, iova: int, size: int, *, clear: bool) -> None:
+        """Let what is dirty here in one's own part of a range be dirty in the parent."""
+        above = self._above
+        low, high = max(iova, link.iova), min(iova + size, link.iova + link.size)
+        if above is not None and above._trackers and low < high:
+            start = link.start + low - link.iova
+            self.core.pass_dirty(self.core_id, low, high - low, above.core_id, start, clear=clear)

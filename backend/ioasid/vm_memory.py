@@ -81,12 +81,18 @@ class VmMemorySource:
         """It does not follow any more."""
         del self._tables[table]
 
-    def _put(self, table: HostTable, extent: Mapping) -> None:
+    def _part(self, table: HostTable, extent: Mapping) -> Mapping | None:
+        """What a table can have of an extent."""
         size = min(extent.end, self._tables[table]) - extent.iova
-        if size > 0:  # what users nest beneath it must not keep the VM from its memory
-            table.put(Mapping(extent.iova, size, extent.iova, extent.where, extent.access), at_all_costs=True)
+        part = Mapping(extent.iova, size, extent.iova, extent.where, extent.access)
+        return part if size > 0 and table.fits(part) else None
+
+    def _put(self, table: HostTable, extent: Mapping) -> None:
+        part = self._part(table, extent)
+        if part is not None:  # what users nest beneath it must not keep the VM from its memory
+            table.put(part, at_all_costs=True)
 
     def _take(self, table: HostTable, extent: Mapping) -> None:
-        held = table.pieces.at(extent.iova)
-        if held is not None:
-            table.take(held)
+        part = self._part(table, extent)
+        if part is not None:
+            table.take(part)
