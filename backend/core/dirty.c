@@ -316,10 +316,11 @@ int vio_dirty_pass(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t 
 
         status = keys ? VIO_OK : VIO_ERR_MEMORY;
         for (size_t i = 0; !status && i < count; i++) {
-            status = pass_chunk(engine, &range, index_find(&from->dirty->chunks, keys[i]), keys[i], to->dirty,
-                                start - iova, clear);
-            if (clear)
-                trim_chunk(&engine->pool, from, keys[i]);
+            uint64_t *chunk = index_find(&from->dirty->chunks, keys[i]);
+
+            status = pass_chunk(engine, &range, chunk, keys[i], to->dirty, start - iova, clear);
+            if (clear && clean(chunk))
+                drop_unmapped(&engine->pool, from, keys[i], chunk);
         }
         free(keys);
     }
