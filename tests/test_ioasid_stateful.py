@@ -9,7 +9,7 @@ import pytest
 from guest_ram import PAGE, AmdTables, Ram
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from ioasid_guest import Clock, gcr3_table, x86_tables
 
 from backend.core import RW, Access, Fault, Reason
@@ -58,7 +58,7 @@ class WholeSet(RuleBasedStateMachine):
 
     rids = st.sampled_from((WHOLE, SHARED))
     pasids = st.sampled_from(PASIDS)
-    ids = st.integers(1, SPACES)
+    ids = st.integers(0, 3 * SPACES)
     pages = st.integers(0, IOVAS - 1)
     groups = st.integers(0, 2)
 
@@ -100,10 +100,39 @@ class WholeSet(RuleBasedStateMachine):
                 call()
         return legal
 
+    def pick(self, number: int) -> int:
+        """One that is there, or now and then one that is not."""
+        there = sorted(self.spaces)
+        return there[number % len(there)] if there and number else 9
+
+    @initialize(delegated=st.booleans())
+    def begin(self, delegated: bool) -> None:
+        """1: kernel, both devices on it; 2 and 3: user (PASIDs on it) and kernel beneath it; 4: user beneath 3. Or
+        5, too, whose PASID table serves the whole device."""
+        self.alloc(Kind.KERNEL, None, False)
+        for page in range(IOVAS):
+            self.map(1, page, page + 4)
+        self.nest(1, Kind.USER)
+        self.nest(2, Kind.KERNEL)
+        self.nest(2, Kind.USER)
+        for page in range(IOVAS - 1):
+            self.map(2, page, page + 1)
+        self.bind(5)
+        for rid in (WHOLE, SHARED):
+            self.attach(rid, None, 4)
+        self.attach(SHARED, 1, 5)
+        if delegated:
+            self.nest(4, Kind.USER)
+            self.bind_pasids(4)
+            self.attach(WHOLE, None, 4)
+        else:
+            self.attach(WHOLE, 1, 5)
+
     # IOASIDs
 
     @rule(kind=st.sampled_from((Kind.KERNEL, Kind.VM, Kind.USER)), parent=st.none() | ids, at_once=st.booleans())
     def alloc(self, kind: Kind, parent: int | None, at_once: bool) -> None:
+        parent = None if parent is None else self.pick(parent)
         if len(self.spaces) >= SPACES or (kind != Kind.USER and not self.may_map(parent)):
             return
         legal = (kind == Kind.USER) <= (parent is not None) and (kind == Kind.VM) <= (parent is None)
@@ -121,6 +150,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(parent=ids, kind=st.sampled_from((Kind.USER, Kind.KERNEL)))
     def nest(self, parent: int, kind: Kind) -> None:
+        parent = self.pick(parent)
         if len(self.spaces) >= SPACES:
             return
         made: list[int] = []
@@ -132,6 +162,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids)
     def free(self, ioasid: int) -> None:
+        ioasid = self.pick(ioasid)
         used = self.users(ioasid) or any(space.parent == ioasid for space in self.spaces.values())
         if self.attempt(ioasid in self.spaces and not used, lambda: self.ctx.free(ioasid)):
             del self.spaces[ioasid]
@@ -140,6 +171,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids, page=pages, content=st.integers(0, TABLES - 1))
     def map(self, ioasid: int, page: int, content: int) -> None:
+        ioasid = self.pick(ioasid)
         space = self.spaces.get(ioasid)
         legal = space is not None and space.kind == Kind.KERNEL and page not in space.maps
         nested = space is not None and space.parent is not None
@@ -153,6 +185,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids, page=pages)
     def unmap(self, ioasid: int, page: int) -> None:
+        ioasid = self.pick(ioasid)
         space = self.spaces.get(ioasid)
         before = self.ctx.pinned.pinned
         legal = space is not None and page in space.maps
@@ -188,6 +221,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids, on=st.booleans())
     def track(self, ioasid: int, on: bool) -> None:
+        ioasid = self.pick(ioasid)
         space = self.spaces.get(ioasid)
         legal = space is not None and space.kind == Kind.KERNEL
         if self.attempt(legal, lambda: self.ctx.set_dirty_tracking(ioasid, on)):
@@ -196,6 +230,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids, clear=st.booleans())
     def dirty(self, ioasid: int, clear: bool) -> None:
+        ioasid = self.pick(ioasid)
         space = self.spaces.get(ioasid)
         legal = space is not None and space.dirty is not None
         told: list[bytes] = []
@@ -219,11 +254,13 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids)
     def bind(self, ioasid: int) -> None:
+        ioasid = self.pick(ioasid)
         if self.attempt(self.is_unbound(ioasid), lambda: self.ctx.bind_pgtable(ioasid, self.amd.root, PgtableFormat())):
             self.spaces[ioasid].bound = "table"
 
     @rule(ioasid=ids)
     def bind_pasids(self, ioasid: int) -> None:
+        ioasid = self.pick(ioasid)
         users = self.users(ioasid)
         legal = self.is_unbound(ioasid) and all(user == (WHOLE, None) for user in users)
         legal = legal and not (users and any(self.stacks[WHOLE, pasid] for pasid in (1, 2)))
@@ -233,6 +270,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids, what=st.sampled_from(("table", "pasids")))
     def unbind(self, ioasid: int, what: str) -> None:
+        ioasid = self.pick(ioasid)
         space = self.spaces.get(ioasid)
         call = self.ctx.unbind_pgtable if what == "table" else self.ctx.unbind_pasid_table
         if self.attempt(space is not None and space.bound == what, lambda: call(ioasid)):
@@ -243,6 +281,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids, page=pages)
     def invalidate(self, ioasid: int, page: int) -> None:
+        ioasid = self.pick(ioasid)
         space = self.spaces.get(ioasid)
         legal = space is not None and space.kind == Kind.USER
         entries = [Invalidation("range", page * PAGE, PAGE), Invalidation(), Invalidation("range")]
@@ -254,6 +293,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(rid=rids, pasid=pasids, ioasid=ids)
     def attach(self, rid: int, pasid: int | None, ioasid: int) -> None:
+        ioasid = self.pick(ioasid)
         if self.attempt(self.attachable(rid, pasid, ioasid), lambda: self.ctx.attach(rid, ioasid, vpasid=pasid)):
             self.stacks[rid, pasid].append(ioasid)
 
@@ -291,6 +331,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(pasid=st.integers(1, 3), ioasid=ids)
     def map_pasid(self, pasid: int, ioasid: int) -> None:
+        ioasid = self.pick(ioasid)
         reached = [key for key in (1, 2) if ioasid in self.stacks[SHARED, key]]
         legal = len(reached) == 1 and pasid not in self.kvm
         if self.attempt(legal, lambda: self.ctx.map_pasid(pasid, ioasid)):
@@ -459,4 +500,4 @@ class WholeSet(RuleBasedStateMachine):
 
 
 TestWholeSet = WholeSet.TestCase
-TestWholeSet.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestWholeSet.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
