@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from backend.core import RW, Access, UntrackedError
+from backend.core import RW, Access
 
 from . import rows_memory as cmd
 from .checks import Checks, within_limits
@@ -143,13 +143,10 @@ class MemoryCommands(Checks):
             raise command.refuse(
                 errno.ENOMEM, f"{size // page_size} pages in one answer: ask for {MAX_DIRTY_PAGES} at most"
             )
+        if not space.table.tracked:
+            raise command.refuse(errno.EINVAL, f"IOASID {ioasid} is not tracked: SET_DIRTY_TRACKING first")
         with within_limits(command):
-            try:
-                return space.table.read_dirty(iova, size, page_size, clear=clear)
-            except UntrackedError as error:
-                raise command.refuse(
-                    errno.EINVAL, f"IOASID {ioasid} is not tracked: SET_DIRTY_TRACKING first"
-                ) from error
+            return space.table.read_dirty(iova, size, page_size, clear=clear)
 
     def _user_memory(self, command: Command, vaddr: int, size: int, access: Access) -> int:
         try:

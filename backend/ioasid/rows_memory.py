@@ -68,8 +68,7 @@ UNMAP_DMA = Command(
 SET_DIRTY_TRACKING = Command(
     "SET_DIRTY_TRACKING",
     None,
-    "from now on, or no longer, it is noted which pages DMA writes, through guest-managed children, too; off forgets. "
-    "Host-managed children are tracked by themselves",
+    "from now on, or no longer, it is noted which pages DMA writes, through children, too; off forgets",
     (IOASID, Field("on", Unit.FLAG)),
     ON_KERNEL,
     {
