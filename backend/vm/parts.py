@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from backend.viommu.amd import features, ivrs_table
+from backend.viommu.amd import Ivhd, ivrs_table
 from backend.vm import assets, kvm
 from backend.vm.cache import cache_dir
 from backend.vm.errors import CannotRun
@@ -52,7 +52,7 @@ class Parts:
 
     def ivrs(self, machine: Machine, bar: int) -> Path:
         """A file with the IVRS for this machine's functions, with the IOMMU's registers at `bar`."""
-        body = ivrs_table(bar, machine.iommu.rid, [f.rid for f in machine.endpoints], features.EFR)
+        body = ivrs_table([Ivhd(bar, machine.iommu.rid, [f.rid for f in machine.endpoints])])
         path = self.cache / "ivrs" / f"{hashlib.sha256(body).hexdigest()[:16]}.bin"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)

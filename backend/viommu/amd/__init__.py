@@ -2,6 +2,6 @@
 
 from backend.viommu.amd.features import EFR
 from backend.viommu.amd.iommu import AmdIommu
-from backend.viommu.amd.ivrs import ivrs_table, whole_ivrs_table
+from backend.viommu.amd.ivrs import Ivhd, ivrs_table, whole_ivrs_table
 
-__all__ = ["EFR", "AmdIommu", "ivrs_table", "whole_ivrs_table"]
+__all__ = ["EFR", "AmdIommu", "Ivhd", "ivrs_table", "whole_ivrs_table"]
