@@ -121,7 +121,7 @@ def test_5_6_io_page_fault(guest: Guest) -> None:
 
     answers: list[PageResponse] = []
     signals: list[int] = []
-    ctx.faults.ready = lambda: signals.append(1)
+    ctx.faults.on_ready(lambda: signals.append(1))
     guest.dev1.page_request(7, GIOVA, Access.WRITE, group=3, last=True, answer=answers.append)
     assert signals == [1] and not answers
     (record,) = ctx.read_faults().records

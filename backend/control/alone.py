@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.ioasid import BEHIND_X86, Engine
+from backend.ioasid.page_timer import PageTimer
 
 from .control import Control
 
@@ -24,6 +25,7 @@ class EngineAlone:
         if not 0 < endpoints <= MAX_ENDPOINTS:
             raise ValueError(f"{endpoints} endpoints: give 1 to {MAX_ENDPOINTS}")
         self.engine = Engine()
+        self._timer = PageTimer(self.engine)
         self.endpoints = {FIRST_RID + 8 * index: f"sw{index}" for index in range(endpoints)}
         for rid, name in self.endpoints.items():
             self.engine.add_device(rid, name, BEHIND_X86)
@@ -35,8 +37,10 @@ class EngineAlone:
     async def start(self) -> None:
         """Listen. Raises protocol.SocketRefused."""
         await self.control.start()
+        self._timer.start()
 
     async def close(self) -> None:
         """End every connection, and the engine."""
         await self.control.close()
+        self._timer.close()
         self.engine.close()

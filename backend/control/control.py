@@ -56,11 +56,10 @@ class Control:
         self._events = Events(self.contexts)
         self.contexts.on_left = self._events.forget
         self.contexts.on_opened = self._events.follow
-        self._endpoints = Endpoints(self.contexts, endpoints)
         self.looks: Mapping[str, Look] = {
             **Status(self.contexts, lambda: {**facts(), "socket": path}).methods(),
             **self._events.methods(),
-            **self._endpoints.methods(),
+            **Endpoints(self.contexts, endpoints).methods(),
             "memory.share": share,
             "memory.unshare": unshare,
         }
@@ -88,7 +87,6 @@ class Control:
         """End every connection, and what its client owned."""
         await self._server.close()
         self.contexts.close()
-        self._endpoints.close()
 
 
 def share(session: Session, params: Params) -> dict[str, Any]:

@@ -22,9 +22,6 @@ MAX_MOVE = 1 << 20
 MAX_BULK = 16 << 20
 """Bytes that one dma_fill or dma_copy moves: a few milliseconds, in which nobody else is served."""
 
-EXPIRE_SLACK = 0.001
-"""Seconds after a page request's time at which it is looked at: its clock and the loop's need not agree to the last."""
-
 WIDTHS = {"store": (1, 2, 4, 8), "load": (1, 2, 4, 8), "fetch_add": (4, 8), "swap": (4, 8), "compare_exchange": (4, 8)}
 """Bytes that each may have; the last three are PCI Express AtomicOps."""
 
@@ -38,7 +35,6 @@ class Endpoints:
         self._contexts = contexts
         self._engine = contexts.engine
         self._rids = frozenset(rids)
-        self._timer: asyncio.TimerHandle | None = None
 
     def methods(self) -> Mapping[str, Callable[[Session, Params], Any]]:
         """By name."""
@@ -163,25 +159,9 @@ class Endpoints:
                 answered.set_result(str(response.code))
 
         device.page_request(pasid, iova - iova % PAGE_SIZE, access, group=group, last=last, answer=answer)
-        self._expire()
         if not last and not answered.done():
             return {"code": None}
         return {"code": await answered}
-
-    def _expire(self) -> None:
-        """Give up on page requests that nobody answers, now and when the next one is due."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due = self._engine.expire()
-        if due is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(0.0, due - self._engine.clock()) + EXPIRE_SLACK, self._expire)
-
-    def close(self) -> None:
-        """Nothing is waited for any more."""
-        if self._timer is not None:
-            self._timer.cancel()
 
     def _device(self, params: Params) -> Device:
         rid = params.number("rid", 1 << 16)

@@ -70,7 +70,7 @@ class Events:
             if session in self._subscribers[READY]:
                 session.connection.notify(READY, {"unread": context.faults.unread})
 
-        context.faults.ready = ready
+        context.faults.on_ready(ready)
 
     def forget(self, session: Session) -> None:
         """The connection is gone."""

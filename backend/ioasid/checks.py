@@ -36,7 +36,7 @@ class Checks:
         """Contexts of one VM share it: its PASIDs are the same in all."""
         self.pinned = PinnedMemory()
         """What is accounted; its `limit` can be set."""
-        self.faults = FaultQueue(engine.clock, engine.page_timeout)
+        self.faults = FaultQueue(engine.clock, engine.page_timeout, engine.arm)
         self._core = engine.core
         self._spaces: dict[int, Space] = {}
         self._free: list[int] = []

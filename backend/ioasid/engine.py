@@ -70,6 +70,7 @@ class Engine:
         self._freed = dict.fromkeys(Kind, SpaceCounters(*(0 for _ in fields(SpaceCounters))))
         self._next_core_id = 1
         self._router: Router | None = None
+        self._timer: Callable[[float], None] | None = None
         self._routing: set[tuple[int, int | None]] = set()
         self._listeners: list[FaultListener] = []
         self._telling = False
@@ -129,6 +130,11 @@ class Engine:
             if context.faults.deadline is not None:
                 deadlines.append(context.faults.deadline)
         return min(deadlines, default=None)
+
+    def set_timer(self, timer: Callable[[float], None] | None) -> None:
+        """Who is told when `expire` is due, by the clock, whenever a page request has come that can be given up then.
+        backend.ioasid.page_timer has one for asyncio."""
+        self._timer = timer
 
     def set_router(self, router: Router | None) -> None:
         """Who is asked, once a request, about a (RID, PASID) without a route. True: it is attached now, try again."""
@@ -205,6 +211,11 @@ class Engine:
                     self.forget_tlbs(space, gpa, size)
 
     # For Context.
+
+    def arm(self, due: float) -> None:
+        """A page request has come whose time is over then."""
+        if self._timer is not None:
+            self._timer(due)
 
     @property
     def watched(self) -> bool:

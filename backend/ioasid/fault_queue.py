@@ -87,12 +87,13 @@ class FaultQueue:
     are read.
 
     clock: seconds, monotonic. timeout: seconds that a group waits for its answer, from its first request on; then it
-    is invalid. `ready` is called when there is something new to read.
+    is invalid. arm: told when that will be, of every group that opens.
     """
 
-    def __init__(self, clock: Callable[[], float], timeout: float) -> None:
+    def __init__(self, clock: Callable[[], float], timeout: float, arm: Callable[[float], None]) -> None:
         self._clock = clock
         self._timeout = timeout
+        self._arm = arm
         self._groups: dict[tuple[int, int], _Group] = {}
         """By RID and index, oldest first."""
         self._unread: dict[int, tuple[_Group | None, FaultRecord]] = {}
@@ -101,7 +102,17 @@ class FaultQueue:
         self._requests = 0
         self._lost = 0
         self._unrecoverable = 0
-        self.ready: Callable[[], None] | None = None
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_ready(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Tell the listener of each record that comes, within the call that brought it; it may read and answer there.
+        Answers with what ends that.
+
+        Every listener is told of every record, and whoever reads first has it: one user of the context reads, the
+        others look at `unread`.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     @property
     def waiting(self) -> int:
@@ -133,6 +144,7 @@ class FaultQueue:
         if group is None:
             group = _Group(device, record.group, pasid, self._clock() + self._timeout, answer)
             self._groups[key] = group
+            self._arm(group.deadline)
         group.answer = answer
         group.complete = record.last
         self._requests += 1
@@ -218,5 +230,5 @@ class FaultQueue:
         if group is not None:
             group.numbers.append(self._next)
         self._next += 1
-        if self.ready is not None:
-            self.ready()
+        for listener in tuple(self._listeners):
+            listener()

@@ -50,7 +50,7 @@ class FaultCommands(Checks):
     """Commands on faults."""
 
     def read_faults(self, count: int = 0) -> Faults:
-        """READ_FAULTS: take the oldest out of the context's queue, `count` at most, 0: all. `faults.ready` is called
+        """READ_FAULTS: take the oldest out of the context's queue, `count` at most, 0: all. `faults.on_ready` tells
         when there are some."""
         self._enter(cmd.READ_FAULTS, count=count)
         return self.faults.read(count)

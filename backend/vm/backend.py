@@ -12,6 +12,7 @@ from backend.control.control import Control
 from backend.core import Fault
 from backend.endpoints.nvme import Namespace, NvmeController
 from backend.ioasid import BEHIND_X86, Engine, Kind
+from backend.ioasid.page_timer import PageTimer
 from backend.pci import DmaRegion, FunctionServer, LibraryError, LibraryMissing, PciFunction, SocketRefused
 from backend.viommu.amd import AmdIommu
 from backend.vm.backing import private_to
@@ -43,6 +44,7 @@ class Backend:
         self.machine = machine
         self._libvfio_user = libvfio_user
         self.engine = Engine()
+        self._timer = PageTimer(self.engine)
         self.context = self.engine.open()
         self.stage2 = self.context.alloc(Kind.VM)
         self.memory = VmMemory(self.engine.vm_memory, self.context.get_info(self.stage2).address_width or 0)
@@ -75,6 +77,7 @@ class Backend:
                 await self.control.start()
             except ControlRefused as error:
                 raise CannotRun(f"the control socket cannot be served: {error}") from error
+        self._timer.start()
 
     async def watch(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`; VmLost as soon as a function's own code fails, for its guest may wait for ever.
@@ -109,6 +112,7 @@ class Backend:
             await self.control.close()
         for server in self.servers:
             await server.close()
+        self._timer.close()
         self.memory.close()
         self.engine.close()
 
