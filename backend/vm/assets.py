@@ -1,4 +1,5 @@
-"""What a run needs and this project does not hold: QEMU, a kernel with its modules, busybox, libvfio-user.
+"""What a run needs and this project does not hold: QEMU, a kernel with its modules, busybox, libvfio-user; a compiler
+for modules.
 
 Each comes from the host where the host's own fits, else from the cache, fetched on first use. Every function gives
 something that was seen to work, or raises CannotRun with what to do. See docs/assets.md.
@@ -14,11 +15,13 @@ from pathlib import Path
 
 from backend.vm import debian, kernel_image, qemu_binary
 from backend.vm import libvfio_user as library
+from backend.vm import module_tools as tools
 from backend.vm.cache import MIB, Cache, Entry, Made
 from backend.vm.debian import NotThere
 from backend.vm.errors import CannotRun
 from backend.vm.kernel_image import Kernel
 from backend.vm.libvfio_user import LibvfioUser
+from backend.vm.module_tools import ModuleTools
 from backend.vm.progress import Report
 from backend.vm.qemu_binary import DoesNotRun, Qemu, Unfit
 
@@ -32,6 +35,10 @@ FILE_SYSTEM_TOOLS = re.compile(
 
 Fetch = Callable[[Sequence[str], Path, Path, Report], Made]
 """Fetches from one set of suites; raises NotThere to have the next one tried."""
+
+
+class NotOnMirror(CannotRun):
+    """No suite of the mirror has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,7 @@ class Asset:
             return made
         url = debian.find_mirror().url
         tried = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in reasons.items())
-        raise CannotRun(f"{url} has not {self.what} ({tried}). Set VIOASID_MIRROR to a complete Debian mirror.")
+        raise NotOnMirror(f"{url} has not {self.what} ({tried}). Set VIOASID_MIRROR to a complete Debian mirror.")
 
 
 def _fetch_qemu(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
@@ -108,6 +115,15 @@ def _fetch_libvfio_user(suites: Sequence[str], tree: Path, work: Path, report: R
     return Made({"version": f"from QEMU {version}"}, [f"lib/{library.SONAME}", "include/libvfio-user.h"])
 
 
+def _fetch_module_tools(packages: Sequence[str]) -> Fetch:
+    def fetch(suites: Sequence[str], tree: Path, work: Path, report: Report) -> Made:
+        debian.extract(packages, suites, tree, work, keep=tools.wanted, report=report, arch="amd64")
+        tools.lay_out(tree)
+        return Made({}, ["usr/bin/make", "usr/src", "usr/libexec/gcc"])
+
+    return fetch
+
+
 # Backports of Debian 13 come first: the oldest suite with a QEMU that fits.
 BACKPORTS = ("trixie", "trixie-backports")
 
@@ -121,6 +137,13 @@ LIBVFIO_USER = Asset(
     # the suites whose QEMU source carries the library come first; a mirror may lack the source files of one
     (("trixie",), ("bookworm",), ("trixie-backports",), ("forky",), ("sid",)), _fetch_libvfio_user,
 )  # fmt: skip
+
+
+def _module_tools(version: str) -> Asset:
+    """Headers are asked for by the very version of the kernel, which a mirror replaces by a newer one in time."""
+    packages = (f"linux-headers-{version}", "make")
+    fetch = _fetch_module_tools(packages)
+    return Asset("module-tools", f"the headers of kernel {version}", 480 * MIB, packages, GUEST.suites, fetch)
 
 
 def qemu(cache: Cache | None = None) -> Qemu:
@@ -143,6 +166,26 @@ def kernel(file: Path | None = None, cache: Cache | None = None) -> Kernel:
     version = entry.facts["version"]
     modules = entry.path / MODULES / version
     return Kernel(modules / "vmlinuz", modules, version, "cache")
+
+
+def module_tools(kernel: Kernel, cache: Cache | None = None) -> ModuleTools:
+    """What builds modules for `kernel`: the host's headers and compiler where they fit it, else the cached ones."""
+    if host := tools.find_host(kernel.version):
+        return host
+    if not re.fullmatch(r"\d[\w.+~-]*-amd64", kernel.version):
+        raise CannotRun(
+            f"Modules for kernel {kernel.version} need its headers, and Debian has none of that name. Install them, so "
+            f"that /lib/modules/{kernel.version}/build leads there, and its compiler; or leave out --kernel."
+        )
+    cache = cache or Cache()
+    try:
+        entry = _module_tools(kernel.version).get(cache)
+    except NotOnMirror as error:
+        kernel_entry = GUEST.get(cache).path
+        raise CannotRun(
+            f"{error} A mirror keeps the headers of its newest kernel only: remove {kernel_entry} to have both fetched."
+        ) from error
+    return tools.unpacked(entry.path, kernel.version)
 
 
 def busybox(cache: Cache | None = None) -> Path:

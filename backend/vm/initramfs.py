@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from backend.vm import cpio, elf, kernel_modules
@@ -35,13 +35,15 @@ class GuestFiles:
     """Where the guest's parts lie on the host.
 
     `modules_dir` is usr/lib/modules/VERSION of the kernel, None for a kernel with its drivers built in; `root` is the
-    file tree that holds usr/sbin/mke2fs with its libraries, None to leave them out.
+    file tree that holds usr/sbin/mke2fs with its libraries, None to leave them out. `built` has files of modules that
+    are not the kernel's own, by name (backend.vm.module_build); they are loaded after `modules`.
     """
 
     busybox: Path
     modules_dir: Path | None
     modules: Sequence[str] = MODULES
     root: Path | None = None
+    built: Mapping[str, Path] = field(default_factory=dict)
 
 
 def build_initramfs(files: GuestFiles, folder: Path) -> Path:
@@ -76,7 +78,8 @@ def archive(files: GuestFiles, program: Path) -> cpio.Archive:
         name = path.relative_to(GUEST_TESTS).as_posix()
         result.file(name, path.read_bytes(), 0o755 if name == "init" else 0o644)
     if files.modules_dir is not None:
-        for position, module in enumerate(kernel_modules.load_order(files.modules_dir, list(files.modules))):
+        order = kernel_modules.load_order(files.modules_dir, list(files.modules), files.built)
+        for position, module in enumerate(order):
             result.file(f"modules/{position:02d}-{module.name}.ko", module.data)
     if files.root is not None:
         _add_file_system_tools(result, files.root)
@@ -136,6 +139,7 @@ def _add_file_system_tools(result: cpio.Archive, root: Path) -> None:
 
 def _inputs(files: GuestFiles) -> Iterable[Path]:
     yield files.busybox
+    yield from files.built.values()
     if files.modules_dir is not None:
         yield files.modules_dir
         yield files.modules_dir / "kernel"

@@ -33,12 +33,14 @@ class Module:
     """The ELF object, decompressed."""
 
 
-def load_order(modules_dir: Path, names: Sequence[str]) -> list[Module]:
+def load_order(modules_dir: Path, names: Sequence[str], built: Mapping[str, Path] | None = None) -> list[Module]:
     """The modules `names` and all they need, each after what it needs; what is built into the kernel is left out.
 
+    `built`: files of modules that are not the kernel's own, by name; they come after `names`, with what they need.
     Raises CannotRun for a name that this kernel has neither as a module nor built in, and for a damaged module.
     """
     files, builtin = _index(modules_dir)
+    files |= built or {}
     order: dict[str, Module] = {}
     pending: set[str] = set()
 
@@ -59,7 +61,7 @@ def load_order(modules_dir: Path, names: Sequence[str]) -> list[Module]:
             add(soft, f"{name} can use", optional=True)
         order[name] = Module(name, data)
 
-    for name in names:
+    for name in (*names, *(built or ())):
         add(name, "the guest needs")
     return list(order.values())
 

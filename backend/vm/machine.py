@@ -75,6 +75,8 @@ class Machine:
     modules: tuple[str, ...]
     functions: tuple[FunctionConfig, ...]
     limits: Limits = Limits()
+    built_modules: tuple[str, ...] = ()
+    """Modules of guest-tests/modules, built for the kernel at hand."""
 
     @property
     def iommu(self) -> FunctionConfig:
@@ -123,7 +125,7 @@ def parse(name: str, data: Mapping[str, Any]) -> Machine:
     _known("the file", data, {"description", "machine", "kernel", "limits", "function"})
     board, kernel = dict(data["machine"]), dict(data.get("kernel", {}))
     _known("[machine]", board, {"type", "cpu", "memory", "cpus"})
-    _known("[kernel]", kernel, {"append", "modules"})
+    _known("[kernel]", kernel, {"append", "modules", "built_modules"})
     limits = dict(data.get("limits", {}))
     _known("[limits]", limits, {field.name for field in dataclasses.fields(Limits)})
     machine = Machine(
@@ -135,6 +137,7 @@ def parse(name: str, data: Mapping[str, Any]) -> Machine:
         cpus=int(board.get("cpus", 1)),
         append=str(kernel.get("append", "console=ttyS0")),
         modules=tuple(kernel.get("modules", ())),
+        built_modules=tuple(kernel.get("built_modules", ())),
         functions=tuple(_function(entry) for entry in data.get("function", ())),
         limits=Limits(**{key: float(value) for key, value in limits.items()}),
     )

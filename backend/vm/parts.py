@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backend.viommu.amd import Ivhd, ivrs_table
-from backend.vm import assets, kvm
+from backend.vm import assets, kvm, module_build
 from backend.vm.cache import cache_dir
 from backend.vm.errors import CannotRun
 from backend.vm.initramfs import GuestFiles, build_initramfs
@@ -40,7 +40,8 @@ class Parts:
         if chosen.note:
             notice(chosen.note)
         if initrd is None:
-            files = GuestFiles(assets.busybox(), image.modules_dir, machine.modules, assets.guest_root())
+            built = module_build.build(machine.built_modules, image)
+            files = GuestFiles(assets.busybox(), image.modules_dir, machine.modules, assets.guest_root(), built)
             initrd = build_initramfs(files, cache_dir())
         elif not initrd.is_file():
             raise CannotRun(f"initramfs {initrd} does not exist or is no file; correct the path")
