@@ -51,7 +51,7 @@ def test_kinds() -> None:
 @pytest.mark.parametrize("bad", [-1, 1 << 64, 0x1001, "0x1000", 4096.0, None, True])
 def test_an_address_is_a_page_number_in_bytes(bad: object) -> None:
     with pytest.raises(IoasidError, match="MAP_DMA: iova ") as refused:
-        MAP_DMA.check(ioasid=1, iova=bad, vaddr=4096, size=4096, access=Access.READ)
+        MAP_DMA.check({"ioasid": 1, "iova": bad, "vaddr": 4096, "size": 4096, "access": Access.READ})
     assert refused.value.errno == errno.EINVAL
 
 

@@ -112,15 +112,12 @@ class Core(Requests):
 
         Raises: OverlapError, BadValueError, UnknownIdError, KindError, LimitError (pages for tables).
         """
-        status = lib.vio_space_map(
-            self._engine,
-            _id(ioasid),
-            _address(iova, "iova"),
-            _address(hva, "hva"),
-            _address(size, "size"),
-            _small(access),
-        )
-        _check(status, ioasid, iova, size)
+        try:
+            status = lib.vio_space_map(self._engine, ioasid, iova, hva, size, access)
+        except OverflowError as beyond:
+            raise BadValueError("numbers of a mapping that are not of 64 bits", ioasid=ioasid) from beyond
+        if status:
+            _check(status, ioasid, iova, size)
 
     def unmap(self, ioasid: int, iova: int, size: int) -> None:
         """Unmap [iova, iova + size), all of it mapped; larger leaves at its ends are split.
@@ -130,8 +127,12 @@ class Core(Requests):
         Raises: NotMappedError, BadValueError, UnknownIdError, KindError, LimitError (pages to split a leaf); nothing
         is unmapped then.
         """
-        status = lib.vio_space_unmap(self._engine, _id(ioasid), _address(iova, "iova"), _address(size, "size"))
-        _check(status, ioasid, iova, size)
+        try:
+            status = lib.vio_space_unmap(self._engine, ioasid, iova, size)
+        except OverflowError as beyond:
+            raise BadValueError("numbers of a range that are not of 64 bits", ioasid=ioasid) from beyond
+        if status:
+            _check(status, ioasid, iova, size)
 
     def protect(self, ioasid: int, iova: int, size: int, access: Access) -> None:
         """Let `access` be what [iova, iova + size), all of it mapped, permits; larger leaves at its ends are split.

@@ -55,7 +55,7 @@ def vm(request: Request) -> Body:
     memory = request.engine.vm_memory
     table = _table(request, None, memory.leave)
     try:
-        memory.follow(table, FORMATS[request.format.vendor].address_width(request.format, host=True))
+        memory.follow(table)
     except BaseException:
         request.core.destroy_space(request.core_id)
         raise
@@ -64,7 +64,8 @@ def vm(request: Request) -> Body:
 
 def _table(request: Request, above: HostTable | None, leave: Callable[[HostTable], None] | None = None) -> HostTable:
     fmt = request.format
-    request.core.create_host_space(request.core_id, fmt=FORMATS[fmt.vendor].table(fmt))
+    rule = FORMATS[fmt.vendor]
+    request.core.create_host_space(request.core_id, fmt=rule.table(fmt))
     try:
         return HostTable(
             request.core,
@@ -73,7 +74,8 @@ def _table(request: Request, above: HostTable | None, leave: Callable[[HostTable
             above,
             leave=leave,
             memory=request.memory,
-            write_only=FORMATS[fmt.vendor].write_only,
+            width=rule.address_width(fmt, host=True),
+            write_only=rule.write_only,
         )
     except BaseException:
         request.core.destroy_space(request.core_id)

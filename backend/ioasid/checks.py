@@ -49,14 +49,17 @@ class Checks:
         return cast("Context", self)
 
     def _enter(self, command: Command, /, **fields: object) -> None:
+        self._begin(command, fields)
+
+    def _begin(self, command: Command, fields: dict[str, object]) -> None:
         if self._closed:
             raise command.refuse(errno.EBADF, "this context was closed: open another")
-        command.check(**fields)
+        command.check(fields)
 
     def _space(self, command: Command, ioasid: int, /, **fields: object) -> Space:
         """The IOASID, on whose kind the command is legal. Fields, where given, are checked first."""
         if fields:
-            self._enter(command, **fields)
+            self._begin(command, fields)
         space = self._spaces.get(ioasid)
         if space is None:
             raise command.refuse(
@@ -72,7 +75,7 @@ class Checks:
     def _device(self, command: Command, rid: int, /, **fields: object) -> Device:
         """The device. Fields, where given, are checked first."""
         if fields:
-            self._enter(command, **fields)
+            self._begin(command, fields)
         device = self.engine.devices.get(rid)
         if device is None:
             raise command.refuse(errno.ENODEV, f"no device has RID {rid:#06x}: use one that the engine knows")
@@ -115,17 +118,26 @@ def format_fields(fmt: PgtableFormat | PasidTableFormat) -> dict[str, object]:
     return {each.name: getattr(fmt, each.name) for each in fields(fmt)}
 
 
-@contextmanager
-def within_limits(command: Command) -> Iterator[None]:
+class within_limits:
     """The core or the host having no room is an answer to the caller, not the end of the backend."""
-    try:
-        yield
-    except LimitError as error:
-        raise command.refuse(
-            errno.ENOSPC, "the engine has no room left for tables and routes: free some first"
-        ) from error
-    except (NoMemoryError, MemoryError) as error:
-        raise command.refuse(errno.ENOMEM, "the host has no memory for it: free something first") from error
+
+    __slots__ = ("_command",)
+
+    def __init__(self, command: Command) -> None:
+        self._command = command
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        if isinstance(error, LimitError):
+            raise self._command.refuse(
+                errno.ENOSPC, "the engine has no room left for tables and routes: free some first"
+            ) from error
+        if isinstance(error, (NoMemoryError, MemoryError)):
+            raise self._command.refuse(errno.ENOMEM, "the host has no memory for it: free something first") from error
 
 
 @contextmanager

@@ -20,24 +20,32 @@ U32_END = 1 << 32
 U64_END = 1 << 64
 
 
-def _number(value: object, end: int) -> str | None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        return "is no number"
-    return None if 0 <= value < end else f"does not lie in [0, {end:#x})"
+Check = Callable[[object], str | None]
+"""What is wrong with a value; None: nothing."""
 
 
-def _pages(value: object, end: int) -> str | None:
-    wrong = _number(value, end)
-    if wrong is None and isinstance(value, int) and value % PAGE_SIZE:
-        return f"is not a multiple of {PAGE_SIZE}: round it to whole pages"
-    return wrong
+def _number(end: int, unit: int = 1, why: str = "") -> Check:
+    """Numbers in [0, end) that are multiples of `unit`."""
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return "is no number"
+        if not 0 <= value < end:
+            return f"does not lie in [0, {end:#x})"
+        return f"is not a multiple of {unit}: {why}" if value % unit else None
+
+    return check
 
 
-def _table(value: object) -> str | None:
-    wrong = _number(value, U64_END)
-    if wrong is None and isinstance(value, int) and value % 64:
-        return "is not a multiple of 64: no format has such a root"
-    return wrong
+def _pages(end: int) -> Check:
+    return _number(end, PAGE_SIZE, "round it to whole pages")
+
+
+_length = _pages(U64_END + 1)
+
+
+def _size(value: object) -> str | None:
+    return "is 0: name at least one page" if value == 0 else _length(value)
 
 
 def _access(value: object) -> str | None:
@@ -59,26 +67,26 @@ def _names(value: object) -> str | None:
 class Unit(Enum):
     """What a field holds: its description, and a check that answers with what is wrong or None."""
 
-    IOASID = ("number local to the context", lambda v: _number(v, U32_END))
-    RID = ("bus/device/function, 16 bits", lambda v: _number(v, MAX_RID + 1))
-    PASID = ("20 bits", lambda v: _number(v, MAX_PASID + 1))
-    ADDRESS = ("bytes, a multiple of 4096", lambda v: _pages(v, U64_END))
-    TABLE = ("bytes, a GPA, aligned as its format asks, to 64 at least", _table)
-    SIZE = (
-        "bytes, a multiple of 4096, not 0",
-        lambda v: "is 0: name at least one page" if v == 0 else _pages(v, U64_END + 1),
+    IOASID = ("number local to the context", _number(U32_END))
+    RID = ("bus/device/function, 16 bits", _number(MAX_RID + 1))
+    PASID = ("20 bits", _number(MAX_PASID + 1))
+    ADDRESS = ("bytes, a multiple of 4096", _pages(U64_END))
+    TABLE = (
+        "bytes, a GPA, aligned as its format asks, to 64 at least",
+        _number(U64_END, 64, "no format has such a root"),
     )
-    LENGTH = ("bytes, a multiple of 4096, may be 0", lambda v: _pages(v, U64_END + 1))
-    COUNT = ("number", lambda v: _number(v, U32_END))
-    COUNT64 = ("bytes, 64 bits", lambda v: _number(v, U64_END))
-    COOKIE = ("64 bits chosen by the user", lambda v: _number(v, U64_END))
+    SIZE = ("bytes, a multiple of 4096, not 0", _size)
+    LENGTH = ("bytes, a multiple of 4096, may be 0", _length)
+    COUNT = ("number", _number(U32_END))
+    COUNT64 = ("bytes, 64 bits", _number(U64_END))
+    COOKIE = ("64 bits chosen by the user", _number(U64_END))
     ACCESS = ("READ, WRITE or both", _access)
     NAME = ("name", _name)
     NAMES = ("list of names", _names)
-    PID = ("process number", lambda v: _number(v, U32_END))
-    BITS = ("bits, up to 64", lambda v: _number(v, 65))
-    BYTES = ("bytes", lambda v: _number(v, U32_END))
-    GROUP = ("page request group index, 9 bits", lambda v: _number(v, MAX_GROUP + 1))
+    PID = ("process number", _number(U32_END))
+    BITS = ("bits, up to 64", _number(65))
+    BYTES = ("bytes", _number(U32_END))
+    GROUP = ("page request group index, 9 bits", _number(MAX_GROUP + 1))
     ENTRIES = (
         "list of records",
         lambda v: (
@@ -89,7 +97,7 @@ class Unit(Enum):
     )
     FLAG = ("yes or no", lambda v: None if isinstance(v, bool) else "is neither yes nor no")
 
-    def __init__(self, text: str, check: Callable[[object], str | None]) -> None:
+    def __init__(self, text: str, check: Check) -> None:
         self.text = text
         self.check = check
 
@@ -130,8 +138,8 @@ class Command:
             raise KeyError(f"{self.name} does not list {errno.errorcode[code]} (while refusing: {sentence})")
         return IoasidError(code, f"{self.name}: {sentence}")
 
-    def check(self, **values: object) -> None:
-        """Raise EINVAL where a field does not hold what its unit says."""
+    def check(self, values: Mapping[str, object]) -> None:
+        """Raise EINVAL where a field does not hold what its unit says. `values`: of all fields."""
         for each in self.fields:
             value = values[each.name]
             if value is None and each.optional:

@@ -106,7 +106,7 @@ class InvalidationCommands(Checks):
             try:
                 if not isinstance(entry, Invalidation):
                     raise command.refuse(errno.EINVAL, f"entry {done} is no record of an invalidation")
-                command.check(ioasid=ioasid, entries=None, **_fields(entry))
+                command.check({"ioasid": ioasid, "entries": None, **_fields(entry)})
                 self._invalidate(space, entry)
             except IoasidError as error:
                 return Invalidated(done, error.errno, error.sentence)

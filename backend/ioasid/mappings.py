@@ -2,13 +2,12 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from backend.core import Access
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(NamedTuple):
     """[iova, iova + size) stands for the user's memory at vaddr. Bytes; all multiples of 4096."""
 
     iova: int
@@ -48,11 +47,14 @@ class Mappings:
 
     def overlapping(self, iova: int, size: int) -> Mapping | None:
         """The first mapping that shares a byte with [iova, iova + size)."""
-        index = bisect_left(self._starts, iova)
-        for neighbour in self._starts[max(index - 1, 0) : index + 1]:
-            mapping = self._by_start[neighbour]
-            if mapping.iova < iova + size and iova < mapping.end:
-                return mapping
+        starts = self._starts
+        index = bisect_left(starts, iova)
+        if index:
+            before = self._by_start[starts[index - 1]]
+            if iova < before.end:
+                return before
+        if index < len(starts) and starts[index] < iova + size:
+            return self._by_start[starts[index]]
         return None
 
     def within(self, iova: int, size: int) -> Iterator[Mapping]:

@@ -10,7 +10,7 @@ from . import rows_memory as cmd
 from .checks import Checks, within_limits
 from .command import Command
 from .errors import IoasidError
-from .formats import FORMATS, PAGE_SIZE
+from .formats import PAGE_SIZE
 from .limits import MAX_DIRTY_PAGES, MAX_MAPPINGS, MAX_REGISTERED
 from .mappings import Mapping
 from .pinned_memory import Registered
@@ -63,12 +63,11 @@ class MemoryCommands(Checks):
         command.check_range("vaddr", vaddr, size)
         if not access:
             raise command.refuse(errno.EINVAL, "access allows neither read nor write: leave the range unmapped instead")
-        rule, fmt = FORMATS[space.format.vendor], space.format
-        width = rule.address_width(fmt, host=True)
-        if iova + size > 1 << width:
+        table, fmt = space.table, space.format
+        if iova + size > 1 << table.width:
             raise command.refuse(
                 errno.EINVAL,
-                f"[{iova:#x}, {iova + size:#x}) is wider than the {width} bits of IOASID {ioasid}: see GET_INFO",
+                f"[{iova:#x}, {iova + size:#x}) is wider than the {table.width} bits of IOASID {ioasid}: see GET_INFO",
             )
         if (iova | vaddr | size) % fmt.granule:
             raise command.refuse(
@@ -76,7 +75,7 @@ class MemoryCommands(Checks):
                 f"iova {iova:#x}, vaddr {vaddr:#x} and size {size:#x} must be multiples of {fmt.granule}, the pages of "
                 f"IOASID {ioasid}",
             )
-        if access == Access.WRITE and not rule.write_only:
+        if access == Access.WRITE and not table.write_only:
             raise command.refuse(errno.EINVAL, f"{fmt.vendor} permits no writes without reads: ask for both")
         window = space.reserved(iova, size)
         if window is not None:
@@ -97,8 +96,7 @@ class MemoryCommands(Checks):
         pinned = self._pinned_for(command, vaddr, size) if space.parent is None else None
         mapping = Mapping(iova, size, vaddr, where, access, pinned is not None)
         with within_limits(command):
-            space.table.map(iova, where, size, access)
-        space.mappings.add(mapping)
+            table.map(mapping)
         self._account(space, mapping, 1)
 
     def unmap_dma(self, ioasid: int, iova: int, size: int) -> None:
@@ -116,8 +114,7 @@ class MemoryCommands(Checks):
                 errno.EINVAL,
                 f"{size:#x} bytes at {iova:#x}, where {mapping.size:#x} were mapped: unmap them all at once",
             )
-        space.table.unmap(iova, size)
-        space.mappings.remove(mapping)
+        space.table.unmap(mapping)
         self._account(space, mapping, -1)
         self.engine.forget_tlbs(space, iova, size)
 

@@ -66,16 +66,21 @@ class HostTable:
         *,
         leave: Callable[[HostTable], None] | None = None,
         memory: UserMemory | None = None,
+        width: int = 64,
         write_only: bool = True,
     ) -> None:
         """Of an empty space of the core. Raises a CoreError if there is no room to track what its parent tracks."""
         self.core = core
         self.core_id = core_id
+        self.width = width
+        """Bits of an IOVA that it maps."""
         self.write_only = write_only
         """Whether its format can permit writes without reads."""
         self.tracked = False
         """Whether its user wants to know of dirty pages."""
         self.pieces = Mappings()
+        self.mappings = self.pieces if above is None and leave is None else Mappings()
+        """What `map` mapped: on a root of a user's, the pieces themselves."""
         self._room = room
         self._above = above
         self._leave = leave
@@ -91,28 +96,30 @@ class HostTable:
 
     # Body
 
-    def map(self, iova: int, where: int, size: int, access: Access) -> None:
-        """Let [iova, iova + size) stand for host memory at `where`, or for addresses of the parent's."""
+    def map(self, mapping: Mapping) -> None:
+        """Let a range stand for host memory, or for addresses of the parent's."""
         if self._above is None:
-            self.put(Mapping(iova, size, where, where, access))
+            self.put(mapping)
             return
-        link = Link(self, iova, where, size, access)
+        iova, size, where = mapping.iova, mapping.size, mapping.where
+        link = Link(self, iova, where, size, mapping.access)
         self._links[iova] = link
         self._above._below.add(link)
+        self.mappings.add(mapping)
         try:
             for piece in self._above.pieces.within(where, size):
                 self._put_beneath(link, piece)
         except BaseException:
-            self.unmap(iova, size)
+            self.unmap(mapping)
             raise
 
-    def unmap(self, iova: int, size: int) -> None:
+    def unmap(self, mapping: Mapping) -> None:
         """Take away what one `map` mapped; nothing uses it, here or beneath, once this returned."""
         if self._above is None:
-            piece = self.pieces.at(iova)
-            assert piece is not None
-            self.take(piece)
+            self.take(mapping)
             return
+        iova, size = mapping.iova, mapping.size
+        self.mappings.remove(mapping)
         link = self._links.pop(iova)
         self._above._below.remove(link)
         for piece in list(self.pieces.within(iova, size)):

@@ -80,9 +80,13 @@ class Space:
     """GPA of the guest's root table, None while no table is bound."""
     pasid_table: PasidTable | None = None
     """What is bound at bound_root in place of a page table."""
-    mappings: Mappings = field(default_factory=Mappings)
+    mappings: Mappings = field(init=False)
+    """What MAP_DMA mapped."""
     windows: dict[tuple[Window, ...], int] = field(default_factory=dict)
     """IOVAs that attached devices cannot use, and how many attachments say so."""
+
+    def __post_init__(self) -> None:
+        self.mappings = self.body.mappings if isinstance(self.body, HostTable) else Mappings()
 
     @property
     def table_format(self) -> PgtableFormat | None:

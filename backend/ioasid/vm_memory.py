@@ -23,7 +23,7 @@ class VmMemorySource:
         self._gone = gone
         self.extents = Mappings()
         """iova: the GPA; where: the HVA."""
-        self._tables: dict[HostTable, int] = {}
+        self._tables: dict[HostTable, None] = {}
 
     def map(self, gpa: int, hva: int, size: int, access: Access) -> None:
         """Guest memory comes: [gpa, gpa + size) lies at hva. Bytes, whole pages.
@@ -66,10 +66,10 @@ class VmMemorySource:
 
     # For IOASIDs of kind vm.
 
-    def follow(self, table: HostTable, address_width: int) -> None:
+    def follow(self, table: HostTable) -> None:
         """Fill an empty table, and keep it like the memory; what lies beyond its width it cannot have. A CoreError:
         no room, and it does not follow."""
-        self._tables[table] = 1 << address_width
+        self._tables[table] = None
         try:
             for extent in self.extents:
                 self._put(table, extent)
@@ -83,7 +83,7 @@ class VmMemorySource:
 
     def _part(self, table: HostTable, extent: Mapping) -> Mapping | None:
         """What a table can have of an extent."""
-        size = min(extent.end, self._tables[table]) - extent.iova
+        size = min(extent.end, 1 << table.width) - extent.iova
         part = Mapping(extent.iova, size, extent.iova, extent.where, extent.access)
         return part if size > 0 and table.fits(part) else None
 
