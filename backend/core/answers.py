@@ -59,6 +59,7 @@ class Reason(IntEnum):
         lib.VIO_REASON_UNSUPPORTED,
         "Memory of another process serves neither AtomicOps nor walks of tables that lie in it.",
     )
+    PASID_OFF = lib.VIO_REASON_PASID_OFF, "The function may not send this PASID; said by the layers above."
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ enum vio_reason {
     VIO_REASON_ACCESS_FLAG,    /* accessed bit clear, and hardware is not to set it */
     VIO_REASON_DIRTY,          /* dirty bit clear at a write, and hardware is not to set it */
     VIO_REASON_UNSUPPORTED,    /* another process's memory: it takes no AtomicOps, and tables there are not walked */
+    VIO_REASON_PASID_OFF,      /* said by the layers above: the function may not send this PASID */
 };
 
 /* Status of every call: 0 done, 1 answered by a fault (vio_last_fault), negative: misuse by the caller. */

@@ -15,9 +15,11 @@ from backend.pci.capabilities import (
     VendorSpecific,
 )
 from backend.pci.config_space import ConfigSpace
+from backend.pci.device_memory import DeviceMemory
 from backend.pci.dma import DmaPort, DmaRegion
 from backend.pci.function import PciFunction, ResetKind
 from backend.pci.ids import PciIds
+from backend.pci.page_requests import PageRequests
 from backend.pci.registers import Register, RegisterTable
 from backend.pci.server import FunctionServer, SocketRefused
 from ctypes_bindings import LibraryError, LibraryMissing
@@ -27,6 +29,7 @@ __all__ = [
     "Bar",
     "Capability",
     "ConfigSpace",
+    "DeviceMemory",
     "DmaPort",
     "DmaRegion",
     "Dsn",
@@ -35,6 +38,7 @@ __all__ = [
     "LibraryMissing",
     "Msi",
     "Msix",
+    "PageRequests",
     "Pasid",
     "PciExpress",
     "PciFunction",

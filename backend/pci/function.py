@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from backend.pci.bars import Bar
 from backend.pci.capabilities import (
@@ -15,16 +15,23 @@ from backend.pci.capabilities import (
     Capability,
     Msi,
     Msix,
+    Pasid,
     PciExpress,
+    Pri,
 )
 from backend.pci.config_space import COMMAND, COMMAND_BUS_MASTER, ConfigSpace
+from backend.pci.device_memory import DeviceMemory
 from backend.pci.ids import PciIds
+from backend.pci.page_requests import PageRequests, Send
+from backend.pci.pasid_control import PasidControl
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
     from backend.core import Fault
     from backend.pci.dma import DmaPort
+
+C = TypeVar("C", bound=Capability)
 
 
 class ResetKind(enum.Enum):
@@ -60,10 +67,16 @@ class PciFunction:
         self.rid = 0
         self.config = ConfigSpace(ids, self.bars, capabilities, force_bus_master=force_bus_master)
         self._dma: DmaPort | None = None
+        self._memory: DeviceMemory | None = None
+        self.pasids = PasidControl(self.config, _first(capabilities, Pasid), self._may_send_changed)
+        """Which PASIDs the guest lets the function put on its requests."""
+        pri = _first(capabilities, Pri)
+        self.page_requests = PageRequests(self.config, pri, self.pasids, lambda: self.bus_master) if pri else None
+        """What the function may ask the guest for; None without a PRI capability."""
         self._signal: Callable[[int], bool] | None = None
         self._pending = 0  # a bit a vector
-        self._msi = next((item for item in capabilities if isinstance(item, Msi)), None)
-        self._msix = next((item for item in capabilities if isinstance(item, Msix)), None)
+        self._msi = _first(capabilities, Msi)
+        self._msix = _first(capabilities, Msix)
         self._msi_offset = self.config.find(Msi.id) or 0
         self._msix_offset = self.config.find(Msix.id) or 0
         self._exp_offset = self.config.find(PciExpress.id) or 0
@@ -72,7 +85,7 @@ class PciFunction:
         self._pba_bar = self._msix.pba_bar if self._msix else -1
         self._pba_start = self._msix.pba_offset if self._msix else 0
         self._pba_end = self._msix.pba_end if self._msix else 0
-        self.config.on_write(COMMAND, 2, self.deliver_pending)
+        self.config.on_write(COMMAND, 2, self._command_written)
         if self._msi is not None:
             self.config.on_write(self._msi_offset, self._msi.size, self.deliver_pending)
         if self._msix is not None:
@@ -93,6 +106,20 @@ class PciFunction:
         """Give the function its port; from now on the command register's bus master bit gates it."""
         self._dma = port
         port.enabled = lambda: self.bus_master
+        self._memory = DeviceMemory(lambda: self.rid, port, self.pasids)
+
+    @property
+    def memory(self) -> DeviceMemory:
+        """Guest memory as the guest lets the function reach it: with PASIDs, and with its own translations, where
+        those are enabled. RuntimeError before connect_dma."""
+        if self._memory is None:
+            raise RuntimeError(f"{self.name}: no DMA port is connected: call connect_dma first")
+        return self._memory
+
+    def connect_page_requests(self, send: Send | None) -> None:
+        """`send` takes the function's page request messages (Device.page_request); None: nobody does."""
+        if self.page_requests is not None:
+            self.page_requests.connect(send)
 
     def dma_read(self, iova: int, length: int, pasid: int | None = None) -> bytes | Fault:
         """`length` bytes from `iova`, or the fault."""
@@ -131,6 +158,9 @@ class PciFunction:
         for bar in self.bars.values():
             if bar.registers is not None:
                 bar.registers.reset()
+        self.pasids.reset()
+        if self.page_requests is not None:
+            self.page_requests.reset()
 
     def drained(self) -> None:
         """Called after the transport has handled every message at hand: raise one interrupt a batch here."""
@@ -205,10 +235,23 @@ class PciFunction:
             if bar not in self.bars or end > self.bars[bar].size:
                 raise ValueError(f"{self.name}: the MSI-X {what} ends at {end:#x} of BAR{bar}, which is smaller")
 
+    def _command_written(self) -> None:
+        self.deliver_pending()
+        self._may_send_changed()
+
+    def _may_send_changed(self) -> None:
+        if self.page_requests is not None:
+            self.page_requests.update()
+
     def _device_control_written(self) -> None:
         control = self.config.read(self._exp_offset + 8, 2)
         if control & EXP_DEVCTL_FLR:
             self.reset(ResetKind.FLR)
+
+
+def _first(capabilities: Sequence[Capability], kind: type[C]) -> C | None:
+    """The capability of a kind, if there is one."""
+    return next((each for each in capabilities if isinstance(each, kind)), None)
 
 
 def _bits(mask: int) -> list[int]:
