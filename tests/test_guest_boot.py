@@ -198,24 +198,25 @@ def test_a_backend_that_crashes_is_a_lost_vm(place: Place) -> None:
     place.nothing_left()
 
 
-def test_a_remembered_bar_that_is_wrong_is_told_and_forgotten(place: Place, tmp_path: Path) -> None:
-    """With a cache folder of its own that shares all but the remembered addresses."""
+def test_a_remembered_placement_that_is_wrong_is_told_and_forgotten(place: Place, tmp_path: Path) -> None:
+    """With a cache folder of its own that shares all but what was remembered."""
     from backend.vm.cache import cache_dir  # noqa: PLC0415  # read when the test runs, after its environment is set
 
     own = tmp_path / "cache"
     own.mkdir()
     for entry in cache_dir().iterdir():
-        if entry.name not in {"bars", "ivrs"}:
+        if entry.name not in {"placements", "ivrs"}:
             (own / entry.name).symlink_to(entry)
     environment = {**place.environment, "VIOASID_CACHE": str(own)}
     # the dry run learns the address
     line = subprocess.run(
         [*COMMAND, "boot", "--dry-run"], env=environment, capture_output=True, text=True, check=True, timeout=100
     )
-    (remembered,) = (own / "bars").iterdir()
-    true = int(remembered.read_text(), 16)
+    (remembered,) = (own / "placements").iterdir()
+    kept = json.loads(remembered.read_text())
+    true = kept["bars"]["iommu"]
     assert line.stdout.count("\n") == 1
-    remembered.write_text(f"{true + 0x10000:#x}\n")
+    remembered.write_text(json.dumps({**kept, "bars": {"iommu": true + 0x10000}}))
     done = subprocess.run([*COMMAND, "boot"], env=environment, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 2, done.stderr
     assert f"stand at {true:#x}" in done.stderr

@@ -32,7 +32,7 @@ class Host(NoHost):
     def __init__(self, disk: Path) -> None:
         self.disk = disk
 
-    async def data_written(self, offset: int, length: int, sha256: str) -> Answer:
+    async def data_written(self, nvme: str, offset: int, length: int, sha256: str) -> Answer:
         with self.disk.open("rb") as disk:
             disk.seek(offset)
             found = hashlib.sha256(disk.read(length)).hexdigest()

@@ -161,7 +161,7 @@ class Host(NoHost):
     async def checked(self, test: ktap.Test) -> None:
         self.calls.append(("checked", test.name, test.status))
 
-    async def data_written(self, offset: int, length: int, sha256: str) -> Answer:
+    async def data_written(self, nvme: str, offset: int, length: int, sha256: str) -> Answer:
         self.calls.append(("data", offset, length, sha256))
         return Answer.ok("equal")
 

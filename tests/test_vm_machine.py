@@ -52,7 +52,7 @@ def test_sizes_that_are_none(text: str) -> None:
 def test_a_machine_file() -> None:
     found = parsed(GOOD)
     assert (found.memory, found.cpus, found.type) == (1 << 30, 2, "q35")
-    assert found.iommu.rid == 0x18  # device 3, function 0 of bus 0
+    assert [iommu.rid for iommu in found.iommus] == [0x18]  # device 3, function 0 of bus 0
     assert [(f.rid, f.bdf, f.size) for f in found.endpoints] == [(0x28, "0000:00:05.0", 64 << 20)]
 
 
@@ -61,10 +61,22 @@ def test_a_machine_file() -> None:
     [
         ("slot = 5", "slot = 3", "share a slot"),
         ('name = "nvme0"', 'name = "iommu"', "share a name"),
-        ('name = "nvme0"', 'name = "../x"', "must be 1 to 16"),
+        ('name = "nvme0"', 'name = "../x"', "function name .* must be 1 to 16"),
         ('model = "nvme"', 'model = "floppy"', "unknown model 'floppy'"),
-        ('model = "nvme"', 'model = "amd-iommu"', "exactly one IOMMU"),
-        ("slot = 5", "slot = 31", "1 to 30"),
+        ('model = "nvme"\nslot = 5\nsize = "64M"', 'model = "amd-iommu"\nslot = 5', "one endpoint behind each IOMMU"),
+        ('model = "amd-iommu"', 'model = "nvme"', "at least one IOMMU"),
+        ('model = "amd-iommu"', 'model = "amd-iommu"\nsize = "1M"', "'size', which means nothing here"),
+        ('model = "amd-iommu"\nslot = 3', 'model = "amd-iommu"\nport = "p"', "'port', which means nothing here"),
+        ("slot = 5", "", "either a slot"),
+        ("slot = 5", 'slot = 5\nport = "p"', "either a slot"),
+        ("slot = 5", 'port = "p"', "names the port 'p' .ports: the file has none"),
+        ("slot = 5", 'slot = 5\niommu = "nvme0"', "'nvme0', which is no IOMMU of this machine .iommu."),
+        ("[kernel]", '[[port]]\nname = "p"\nslot = 9\n[kernel]', "nothing stands behind port 'p'"),
+        ("[kernel]", '[[port]]\nname = "p"\nslot = 5\n[kernel]', "share a slot: 3, 5, 5"),
+        ("[kernel]", '[[port]]\nname = "p"\nslot = 0\n[kernel]', "port 'p' has slot 0"),
+        ("[kernel]", '[[port]]\nname = "p"\nbus = 9\n[kernel]', "'bus', which means nothing"),
+        ("[kernel]", '[[port]]\nname = "nvme0"\nslot = 9\n[kernel]', "share a name"),
+        ("slot = 5", "slot = 31", "slot 31: 1 to 30"),
         ('memory = "1G"', 'memory = "much"', "is no size"),
         ("cpus = 2", "cores = 2", "'cores', which means nothing"),
     ],
@@ -78,6 +90,56 @@ def test_what_is_wrong_with_a_file(old: str, new: str, said: str) -> None:
 def test_no_endpoint() -> None:
     with pytest.raises(ValueError, match="at least one endpoint"):
         parsed(GOOD[: GOOD.rindex("[[function]]")])
+
+
+TWO = GOOD + """
+[[port]]
+name = "east"
+slot = 9
+[[port]]
+name = "west"
+slot = 8
+[[function]]
+name = "iommu1"
+model = "amd-iommu"
+slot = 4
+[[function]]
+name = "nvme1"
+model = "nvme"
+port = "east"
+iommu = "iommu1"
+size = "1M"
+[[function]]
+name = "nvme2"
+model = "nvme"
+port = "west"
+size = "1M"
+"""
+
+
+def test_root_ports_and_several_iommus() -> None:
+    """Buses are numbered in the order of the ports' slots until the firmware has been asked."""
+    found = parsed(TWO)
+    assert [iommu.name for iommu in found.iommus] == ["iommu", "iommu1"]
+    assert {f.name: f.bdf for f in found.behind("iommu")} == {"nvme0": "0000:00:05.0", "nvme2": "0000:01:00.0"}
+    assert {f.name: f.rid for f in found.behind("iommu1")} == {"nvme1": 0x200}
+    learnt = found.with_buses({"iommu": 0, "iommu1": 0, "nvme0": 0, "nvme1": 5, "nvme2": 0xFF})
+    assert [f.rid for f in learnt.functions] == [0x18, 0x28, 0x20, 0x500, 0xFF00]
+
+
+def test_a_port_has_one_function() -> None:
+    with pytest.raises(ValueError, match="share a port: east, east"):
+        parsed(TWO.replace('port = "west"', 'port = "east"'))
+
+
+def test_more_than_can_be_served() -> None:
+    port = '[[port]]\nname = "p{0}"\nslot = {0}\n'
+    function = '[[function]]\nname = "n{0}"\nmodel = "nvme"\nport = "p{0}"\nsize = "1M"\n'
+    ports = "".join(port.format(n) for n in range(10, 27))
+    with pytest.raises(ValueError, match="17 ports, at most 16"):
+        parsed(GOOD + ports)
+    with pytest.raises(ValueError, match="19 functions, at most 16"):
+        parsed(GOOD + ports + "".join(function.format(n) for n in range(10, 27)))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +160,7 @@ def test_options_out_of_range(options: dict[str, Any], said: str) -> None:
 def test_options_take_the_place_of_the_file() -> None:
     found = parsed(GOOD).with_options(memory="4G", cpus=1, append="iommu.strict=1")
     assert (found.memory, found.cpus, found.append) == (4 << 30, 1, "console=ttyS0 iommu.strict=1")
+    assert found.cpu == "qemu64" and found.with_options(cpu="max").cpu == "max"
 
 
 def test_names_that_are_no_machine(tmp_path: Path) -> None:

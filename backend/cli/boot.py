@@ -13,7 +13,8 @@ from pathlib import Path
 from backend.cli.options import add_machine_options, chosen_machine, namespaces
 from backend.cli.supervisor import EXIT_CHECK_FAILED, EXIT_OK, guarded, supervise
 from backend.vm.backend import Backend
-from backend.vm.boot import Boot, rounds
+from backend.vm.boot import Boot, Round, placed, rounds
+from backend.vm.firmware import placement_of
 from backend.vm.lost import VmLost
 from backend.vm.machine import Machine
 from backend.vm.parts import Parts
@@ -63,13 +64,15 @@ def run(args: argparse.Namespace) -> int:
 def _boot(machine: Machine, args: argparse.Namespace, folder: RunFolder) -> int:
     with namespaces(machine, args) as disks, shown("boot") as progress:
         parts = Parts.gather(machine, kernel=args.kernel, initrd=args.initrd, accel=args.accel)
-        sockets = {function.name: folder.socket(function.name) for function in machine.functions}
+        folder.sockets(machine)
         folder.socket("monitor")  # said now if it is too long, not in the middle
         control = folder.socket(CONTROL)
 
         async def boot() -> Report:
-            backend = Backend(machine, sockets, disks, parts.libvfio_user, control=control)
-            return await _run(backend, Boot(backend, parts, folder, progress), full=args.full)
+            plan = await placed(rounds(machine, full=args.full), parts, folder, disks, progress)
+            served = plan[0].machine
+            backend = Backend(served, folder.sockets(served), disks, parts.libvfio_user, control=control)
+            return await _run(backend, Boot(backend, parts, folder, progress), plan)
 
         report = asyncio.run(boot())
     if args.keep or not report.ok:
@@ -80,11 +83,11 @@ def _boot(machine: Machine, args: argparse.Namespace, folder: RunFolder) -> int:
     return EXIT_OK if report.ok else EXIT_CHECK_FAILED
 
 
-async def _run(backend: Backend, boot: Boot, *, full: bool) -> Report:
+async def _run(backend: Backend, boot: Boot, plan: list[Round]) -> Report:
     """What was known when the VM was lost is reported as well."""
     try:
         await backend.start()
-        await backend.watch(boot.run(rounds(backend.machine, full=full)))
+        await backend.watch(boot.run(plan))
     except VmLost as lost:
         return report_of(boot, lost)
     else:
@@ -98,26 +101,16 @@ def _dry_run(machine: Machine, args: argparse.Namespace) -> int:
     with RunFolder(machine.name) as folder, namespaces(machine, args) as disks, shown("dry run"):
         folder.keep_logs = False
         parts = Parts.gather(machine, kernel=args.kernel, initrd=args.initrd, accel=args.accel)
-        sockets = {function.name: folder.socket(function.name) for function in machine.functions}
-
-        async def learn() -> int:
-            backend = Backend(machine, sockets, disks, parts.libvfio_user)
-            try:
-                await backend.start()
-                return await Boot(backend, parts, folder, lambda _: None).learn(machine)
-            finally:
-                await backend.close()
-
-        bar = asyncio.run(learn())
-        command = parts.command(machine, sockets)
+        placement = asyncio.run(placement_of(machine, parts, folder, disks))
+        command = parts.command(machine, folder.sockets(machine))
     program = Path(sys.executable).with_name("vioasid")
     command_name = [str(program)] if program.exists() else [sys.executable, "-m", "backend.cli.main"]
     serve = [*command_name, "serve", "--machine", args.machine]
-    for option in ("memory", "cpus", "disk", "disk_size"):
+    for option in ("memory", "cpu", "cpus", "disk", "disk_size"):
         value = getattr(args, option)
         if value is not None:
             serve += [f"--{option.replace('_', '-')}", str(value.absolute() if isinstance(value, Path) else value)]
-    print(shlex.join([*serve, "--", *command.with_ivrs(parts.ivrs(machine, bar)).by_hand()]))
+    print(shlex.join([*serve, "--", *command.with_ivrs(parts.ivrs(machine, placement)).by_hand()]))
     return EXIT_OK
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from backend.endpoints.nvme import Namespace, NamespaceError
 from backend.vm import machine as machines
+from backend.vm.endpoint_models import ENDPOINT_MODELS
 from backend.vm.errors import CannotRun
 from backend.vm.machine import Machine
 
@@ -33,6 +34,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--append", default="", metavar="STR", help="added to the kernel line, as iommu.strict=1")
     parser.add_argument("--memory", metavar="SIZE", help="guest memory, as 4G")
+    parser.add_argument("--cpu", metavar="MODEL", help="the virtual processor under TCG, as qemu64,+la57")
     parser.add_argument("--cpus", type=int, metavar="N", help="virtual CPUs")
     parser.add_argument(
         "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto: KVM where it works, else TCG"
@@ -47,7 +49,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_machine(args: argparse.Namespace) -> Machine:
-    return machines.load(args.machine).with_options(memory=args.memory, cpus=args.cpus, append=args.append)
+    return machines.load(args.machine).with_options(
+        memory=args.memory, cpus=args.cpus, cpu=args.cpu, append=args.append
+    )
 
 
 @contextmanager
@@ -57,7 +61,10 @@ def namespaces(machine: Machine, args: argparse.Namespace) -> Iterator[dict[str,
         raise CannotRun("--disk-size says how large --disk FILE shall be: give --disk as well")
     with ExitStack() as stack:
         opened: dict[str, Namespace] = {}
-        for index, endpoint in enumerate(machine.endpoints):
+        with_disks = [each for each in machine.endpoints if ENDPOINT_MODELS[each.model].disk]
+        if args.disk is not None and not with_disks:
+            raise CannotRun(f"--disk: no function of {machine.name} has a disk; choose another --machine")
+        for index, endpoint in enumerate(with_disks):
             try:
                 if index == 0 and args.disk is not None:
                     size = None if args.disk_size is None else machines.parse_size(args.disk_size)

@@ -8,17 +8,21 @@ import contextlib
 import json
 import shlex
 import signal
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backend.cli import serve_engine
 from backend.cli.options import add_machine_options, chosen_machine, namespaces
 from backend.cli.supervisor import EXIT_OK, guarded, supervise
+from backend.viommu.amd import BAR_SIZE
 from backend.vm.backend import Backend
-from backend.vm.boot import Boot
 from backend.vm.errors import CannotRun
+from backend.vm.firmware import placement_of
 from backend.vm.machine import Machine
 from backend.vm.parts import Parts
+from backend.vm.placement import Placement
 from backend.vm.progress import notice, shown
 from backend.vm.qemu_process import die_with_parent
 from backend.vm.run_folder import CONTROL, RunFolder
@@ -38,9 +42,10 @@ def fill_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bar",
-        type=lambda text: int(text, 0),
-        metavar="ADDRESS",
-        help="where your firmware puts the IOMMU's BAR 0, if it is not where ours does",
+        action="append",
+        default=[],
+        metavar="[NAME=]ADDRESS",
+        help="where your firmware puts an IOMMU's BAR 0, if it is not where ours does; again for each IOMMU",
     )
     parser.add_argument(
         "--no-vm",
@@ -56,7 +61,7 @@ def fill_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help='print one line {"ready", "sockets", "control", "arguments", "bar"} in place of text; with --no-vm '
+        help='print one line {"ready", "sockets", "control", "arguments", "bars"} in place of text; with --no-vm '
         '{"ready", "socket", "endpoints"}',
     )
     parser.add_argument(
@@ -95,15 +100,13 @@ def _serve(machine: Machine, args: argparse.Namespace, folder: RunFolder) -> int
 async def _until_done(
     machine: Machine, args: argparse.Namespace, folder: RunFolder, parts: Parts, disks: dict[str, Namespace]
 ) -> int:
-    sockets = {function.name: folder.socket(function.name) for function in machine.functions}
-    backend = Backend(machine, sockets, disks, parts.libvfio_user, control=folder.socket(CONTROL))
+    placement = await _placement(machine, args, folder, parts, disks)
+    machine = machine.with_buses(placement.buses)
+    backend = Backend(machine, folder.sockets(machine), disks, parts.libvfio_user, control=folder.socket(CONTROL))
     try:
         await backend.start()
-        bar = args.bar
-        if bar is None and not args.command:
-            bar = await Boot(backend, parts, folder, lambda _: None).learn(machine)
         if not args.command:
-            _say_ready(machine, args, parts, sockets, bar, control=folder.socket(CONTROL))
+            _say_ready(machine, args, parts, folder, placement)
             await backend.watch(asyncio.Event().wait())
             return EXIT_OK
         return await backend.watch(_command(args.command))
@@ -111,27 +114,58 @@ async def _until_done(
         await backend.close()
 
 
+async def _placement(
+    machine: Machine, args: argparse.Namespace, folder: RunFolder, parts: Parts, disks: dict[str, Namespace]
+) -> Placement:
+    """What --bar says goes before what was learnt. A command brings an IVRS of its own: of BARs it need not know."""
+    bars = _bars(machine, args.bar)
+    if not machine.ports and (args.command or len(bars) == len(machine.iommus)):
+        return Placement(bars, {function.name: function.bus for function in machine.functions})
+    learnt = await placement_of(machine, parts, folder, disks)
+    return replace(learnt, bars={**learnt.bars, **bars})
+
+
+def _bars(machine: Machine, said: Sequence[str]) -> dict[str, int]:
+    """--bar by the IOMMU's name; without one it is that of the first IOMMU."""
+    names = [iommu.name for iommu in machine.iommus]
+    bars = {}
+    for text in said:
+        name, equals, address = text.rpartition("=")
+        name = name if equals else names[0]
+        if name not in names:
+            raise CannotRun(f"--bar {text}: {name} is no IOMMU of {machine.name}; it has {', '.join(names)}")
+        try:
+            bars[name] = int(address, 0)
+        except ValueError as error:
+            raise CannotRun(f"--bar {text}: {address} is no address; give one as 0xfebf4000") from error
+        if not 0 < bars[name] < 1 << 32 or bars[name] % BAR_SIZE:
+            raise CannotRun(f"--bar {text}: a multiple of {BAR_SIZE:#x} below 4 GiB is where such a BAR can be")
+    return bars
+
+
 def _say_ready(
-    machine: Machine, args: argparse.Namespace, parts: Parts, sockets: dict[str, Path], bar: int, *, control: Path
+    machine: Machine, args: argparse.Namespace, parts: Parts, folder: RunFolder, placement: Placement
 ) -> None:
-    command = parts.command(machine, sockets).with_ivrs(parts.ivrs(machine, bar))
-    arguments = command.functions()
+    control, sockets = folder.socket(CONTROL), folder.sockets(machine)
+    arguments = parts.command(machine, sockets).with_ivrs(parts.ivrs(machine, placement)).functions()
     if args.json:
         ready = {
             "ready": True,
             "sockets": {name: str(path) for name, path in sockets.items()},
             "control": str(control),
             "arguments": arguments,
-            "bar": bar,
+            "bars": dict(placement.bars),
         }
         print(json.dumps(ready), flush=True)
         return
+    places = ", ".join(f"those of {name} at {bar:#x}" for name, bar in placement.bars.items())
+    ports = "; the buses behind its root ports must be those of our run as well" if machine.ports else ""
     print(
         f"# {machine.name} is served. Give your QEMU (10.1 or newer, with vfio-user-pci) these arguments:\n"
         f"{shlex.join(arguments)}\n"
-        "# and the kernel line intremap=off. The IVRS says that the firmware puts the IOMMU's registers at "
-        f"{bar:#x}, as QEMU {parts.qemu.version} does with this memory;\n"
-        "# if yours puts them elsewhere (info pci), start again with --bar ADDRESS.\n"
+        f"# and the kernel line intremap=off. The IVRS says that the firmware puts the IOMMU's registers, {places},\n"
+        f"# where QEMU {parts.qemu.version} does with this memory{ports};\n"
+        "# if yours puts them elsewhere (info pci), start again with --bar NAME=ADDRESS.\n"
         "# A whole line that runs: vioasid boot --dry-run\n"
         f"# To look into it meanwhile: vioasid spaces --socket {shlex.quote(str(control))}\n"
         "ready",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +15,14 @@ from backend.endpoints.nvme import Namespace, NvmeController
 from backend.ioasid import BEHIND_X86, Engine, Kind
 from backend.ioasid.page_timer import PageTimer
 from backend.pci import DmaRegion, FunctionServer, LibraryError, LibraryMissing, PciFunction, SocketRefused
-from backend.viommu.amd import AmdIommu
+from backend.viommu.amd import AmdIommu, Opcode
 from backend.vm.backing import private_to
+from backend.vm.endpoint_models import ENDPOINT_MODELS
 from backend.vm.errors import CannotRun
 from backend.vm.lost import VmLost
-from backend.vm.machine import Machine
+from backend.vm.machine import FunctionConfig, Machine
 from backend.vm.memory import VmMemory
-from backend.vm.traffic import TrafficMeter
+from backend.vm.traffic import Traffic, TrafficMeter
 from protocol import SocketRefused as ControlRefused
 
 T = TypeVar("T")
@@ -48,21 +50,50 @@ class Backend:
         self.context = self.engine.open()
         self.stage2 = self.context.alloc(Kind.VM)
         self.memory = VmMemory(self.engine.vm_memory, self.context.get_info(self.stage2).address_width or 0)
-        self.iommu = AmdIommu(self.context, self.stage2, [f.rid for f in machine.endpoints], name=machine.iommu.name)
-        self.controllers = {f.name: NvmeController(namespaces[f.name], name=f.name) for f in machine.endpoints}
+        self.iommus = {
+            iommu.name: AmdIommu(
+                self.context, self.stage2, [f.rid for f in machine.behind(iommu.name)], name=iommu.name
+            )
+            for iommu in machine.iommus
+        }
+        self.endpoints = {
+            f.name: ENDPOINT_MODELS[f.model].build(f.name, namespaces.get(f.name)) for f in machine.endpoints
+        }
+        self._iommu_of = {rid: iommu for iommu in self.iommus.values() for rid in iommu.endpoints}
         self._unshared = asyncio.Event()
         self.faults: deque[Fault] = deque(maxlen=FAULTS_KEPT)
-        self.servers = [self._connect(function, rid, sockets) for function, rid in self._functions()]
-        meter = TrafficMeter([controller.dma for controller in self.controllers.values()])
-        self.iommu.on_enable = lambda: meter.switch(on=True)
-        self.iommu.on_disable = lambda: meter.switch(on=False)
-        self.meter = meter
-        self.context.attach(machine.iommu.rid, self.stage2)
-        self.engine.set_router(self.iommu.route)
-        self.engine.on_fault(self.iommu.on_fault)
+        self.servers = [self._connect(config, sockets) for config in machine.functions]
+        self.meters = {name: TrafficMeter([endpoint.dma]) for name, endpoint in self.endpoints.items()}
+        for config in machine.iommus:
+            self.context.attach(config.rid, self.stage2)
+            self.iommus[config.name].on_enable = partial(self._switched, config.name, on=True)
+            self.iommus[config.name].on_disable = partial(self._switched, config.name, on=False)
+        self.engine.set_router(self._route)
         self.engine.on_fault(self._faulted)
         names = {self.context: machine.name}
         self.control = None if control is None else Control(self.engine, control, facts=self._facts, names=names)
+
+    @property
+    def controllers(self) -> dict[str, NvmeController]:
+        """The NVMe controllers among the endpoints."""
+        return {name: each for name, each in self.endpoints.items() if isinstance(each, NvmeController)}
+
+    def iommu_of(self, rid: int) -> AmdIommu:
+        """The IOMMU before an endpoint."""
+        return self._iommu_of[rid]
+
+    def iommu_commands(self) -> Counter[Opcode]:
+        """Commands done by all IOMMUs, by opcode."""
+        return sum((iommu.commands for iommu in self.iommus.values()), Counter())
+
+    def begin_counting(self) -> None:
+        """A guest starts: traffic counts from here."""
+        for meter in self.meters.values():
+            meter.begin()
+
+    def traffic(self) -> Traffic:
+        """Of all endpoints."""
+        return sum((meter.traffic() for meter in self.meters.values()), Traffic())
 
     async def start(self) -> None:
         """Listen on every function's socket, then on the control socket. CannotRun if a path will not do, or
@@ -121,35 +152,46 @@ class Backend:
         return {
             "kind": "vm",
             "machine": self.machine.name,
-            "translating": self.iommu.enabled,
+            "translating": all(iommu.enabled for iommu in self.iommus.values()),
             "functions": {server.function.name: server.connected for server in self.servers},
             "connections": 0 if self.control is None else len(self.control.connections),
         }
 
+    def _route(self, rid: int, pasid: int | None) -> bool:
+        """The engine's router: the IOMMU before the device is asked, and there is none before an IOMMU."""
+        iommu = self._iommu_of.get(rid)
+        return iommu is not None and iommu.route(rid, pasid)
+
     def _faulted(self, fault: Fault) -> None:
         self.faults.append(fault)
-        if fault.rid in self.iommu.endpoints:
-            self.meter.faulted()
+        iommu = self._iommu_of.get(fault.rid)
+        if iommu is not None:
+            self.meters[self.engine.devices[fault.rid].name].faulted()
+            iommu.on_fault(fault)
 
-    def _functions(self) -> list[tuple[PciFunction, int]]:
-        by_name: dict[str, PciFunction] = {self.machine.iommu.name: self.iommu, **self.controllers}
-        return [(by_name[config.name], config.rid) for config in self.machine.functions]
+    def _switched(self, iommu: str, *, on: bool) -> None:
+        """The guest turns an IOMMU on or off."""
+        for config in self.machine.behind(iommu):
+            self.meters[config.name].switch(on=on)
 
-    def _connect(self, function: PciFunction, rid: int, sockets: Mapping[str, Path]) -> FunctionServer:
-        device = self.engine.add_device(rid, function.name, BEHIND_X86)
-        function.rid = rid
+    def _connect(self, config: FunctionConfig, sockets: Mapping[str, Path]) -> FunctionServer:
+        endpoint = self.endpoints.get(config.name)
+        function: PciFunction = self.iommus[config.name] if endpoint is None else endpoint
+        traits = BEHIND_X86 if endpoint is None else ENDPOINT_MODELS[config.model].traits
+        device = self.engine.add_device(config.rid, config.name, traits)
+        function.rid = config.rid
         function.connect_dma(device.port)
-        self.context.bind_device(rid)
+        self.context.bind_device(config.rid)
 
         def mapped(region: DmaRegion) -> None:
             # RAM begins at 0; elsewhere, ROM may well have no file
             if region.gpa == 0 and (region.hva is None or private_to(server.peer_pid, region.hva, region.size)):
                 self._unshared.set()
-            self.memory.map(function.name, region)
+            self.memory.map(config.name, region)
 
         def unmapped(region: DmaRegion) -> None:
-            self.memory.unmap(function.name, region)
+            self.memory.unmap(config.name, region)
 
-        path = sockets[function.name]
+        path = sockets[config.name]
         server = FunctionServer(function, path, on_dma_map=mapped, on_dma_unmap=unmapped, library=self._libvfio_user)
         return server

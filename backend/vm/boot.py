@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
+from backend.endpoints.nvme import Namespace
 from backend.vm.backend import Backend
-from backend.vm.bar_memory import BarMemory
+from backend.vm.errors import CannotRun
+from backend.vm.firmware import placement_of
 from backend.vm.guest_protocol import GuestLost, GuestResult, GuestSession, Step, Times
-from backend.vm.host_side import BarMoved, HostSide
+from backend.vm.host_side import HostSide, Moved
 from backend.vm.lost import VmLost
 from backend.vm.machine import Machine
 from backend.vm.parts import Parts
+from backend.vm.placement import Placement, PlacementMemory
 from backend.vm.qemu_command import QemuCommand
 from backend.vm.qemu_process import QemuProcess, how_ended
+from backend.vm.qemu_session import started
 from backend.vm.report import Check, DmaExample
 from backend.vm.run_folder import RunFolder
 from backend.vm.traffic import Traffic
 
 POWER_OFF_SECONDS = 30  # Linux takes 0.2 s from the answer to the end of QEMU
-CHANNEL_SECONDS = 10  # QEMU connects its chardevs before it answers on the monitor
 QEMU_GONE_SECONDS = 0.5  # between the end of QEMU's sockets and the end of its process; seen: 0.05
 RESETS_A_REBOOT = 2  # the guest's own, and another by SeaBIOS where it finds its memory as the guest left it
 CONSOLE_TAIL = 1 << 16  # bytes at the end of the console's log in which a panic is looked for
@@ -38,6 +39,8 @@ class Round:
     name: str
     machine: Machine
     boots: Sequence[str] = ("boot",)
+    placement: Placement | None = None
+    """Where the firmware puts the functions; `Boot` needs to know."""
 
 
 @dataclass(slots=True)
@@ -64,6 +67,27 @@ def rounds(machine: Machine, *, full: bool) -> list[Round]:
     ]
 
 
+async def placed(
+    plan: Sequence[Round],
+    parts: Parts,
+    folder: RunFolder,
+    disks: Mapping[str, Namespace],
+    progress: Callable[[str], None],
+) -> list[Round]:
+    """The rounds with what the firmware makes of each machine, before a backend serves any of them."""
+    found: list[Round] = []
+    for each in plan:
+        placement = await placement_of(each.machine, parts, folder, disks, progress)
+        machine = each.machine.with_buses(placement.buses)
+        if found and machine.functions != found[0].machine.functions:
+            raise CannotRun(
+                f"the firmware numbers the buses of {each.name} otherwise than those of {found[0].name}: "
+                "boot these machines in runs of their own"
+            )
+        found.append(dataclasses.replace(each, machine=machine, placement=placement))
+    return found
+
+
 @dataclass(slots=True)
 class Boot:
     """Runs rounds on a backend that listens; `outcomes` fills as boots end, so a lost VM leaves what came before."""
@@ -77,41 +101,13 @@ class Boot:
     async def run(self, plan: Sequence[Round]) -> None:
         """CannotRun, or VmLost as soon as QEMU or a guest goes."""
         for each in plan:
-            command = self.parts.command(each.machine, self._sockets())
-            bar = await self._bar(command)
-            await self._boot(each, command.with_ivrs(self.parts.ivrs(each.machine, bar)), bar)
+            assert each.placement is not None
+            command = self.parts.command(each.machine, self.folder.sockets(each.machine))
+            await self._boot(each, command.with_ivrs(self.parts.ivrs(each.machine, each.placement)), each.placement)
 
-    async def learn(self, machine: Machine) -> int:
-        """The address of the IOMMU's registers on this machine."""
-        return await self._bar(self.parts.command(machine, self._sockets()))
-
-    def _sockets(self) -> dict[str, Path]:
-        return {function.name: self.folder.socket(function.name) for function in self.backend.machine.functions}
-
-    async def _bar(self, command: QemuCommand) -> int:
-        """Remembered, or learnt in a short run in which the firmware places the BARs and no kernel follows."""
-        machine = command.machine
-        memory = BarMemory(self.parts.cache, machine, self.parts.qemu.version)
-        known = memory.recall()
-        if known is not None:
-            return known
-        self.progress("learning where the firmware puts the IOMMU")
-        async with self._qemu(command, "firmware") as (qemu, _, _):
-            await qemu.resume()
-            try:
-                address = await qemu.while_alive(
-                    qemu.placed_bar_address(machine.iommu.slot, 0), machine.limits.firmware
-                )
-            except TimeoutError as error:
-                raise VmLost(
-                    "guest", f"the firmware did not place the IOMMU's BAR within {machine.limits.firmware:g} s"
-                ) from error
-        memory.learn(address)
-        return address
-
-    async def _boot(self, each: Round, command: QemuCommand, bar: int) -> None:
-        async with self._qemu(command, each.name) as (qemu, reader, writer):
-            self.backend.meter.begin()
+    async def _boot(self, each: Round, command: QemuCommand, placement: Placement) -> None:
+        async with started(command, self.folder, each.name) as (qemu, reader, writer):
+            self.backend.begin_counting()
             await qemu.resume()
             watch = asyncio.create_task(self._watch(qemu, each, RESETS_A_REBOOT * (len(each.boots) - 1)))
             try:
@@ -119,12 +115,12 @@ class Boot:
                     self.progress(f"{name}: starting")
                     step = Step.POWER_OFF if name == each.boots[-1] else Step.REBOOT
                     progress = partial(self._said, name)
-                    host = HostSide(self.backend, qemu, bar, step=step, progress=progress)
+                    host = HostSide(self.backend, qemu, placement, step=step, progress=progress)
                     session = GuestSession(reader, writer, Times(each.machine.limits.boot, each.machine.limits.checks))
                     await self._session(name, each, session, host, watch)
                 await self._ended(qemu)
-            except BarMoved:
-                BarMemory(self.parts.cache, each.machine, self.parts.qemu.version).forget()
+            except Moved:
+                PlacementMemory(self.parts.cache, each.machine, self.parts.qemu.version).forget()
                 raise
             finally:
                 watch.cancel()
@@ -153,7 +149,7 @@ class Boot:
             await asyncio.wait({work})
             seconds = loop.time() - begin
             self.outcomes.append(Outcome(name, session.result(), host.checks, host.traffic, host.example, seconds))
-        self.backend.meter.begin()
+        self.backend.begin_counting()
 
     async def _watch(self, qemu: QemuProcess, each: Round, resets: int) -> None:
         """Ends with VmLost when the guest resets more often than it was told to: that is how a panic shows."""
@@ -174,47 +170,10 @@ class Boot:
                 "qemu", f"QEMU ended {how_ended(code)} at the power-off: {qemu.last_words() or 'it said nothing'}"
             )
 
-    @contextlib.asynccontextmanager
-    async def _qemu(
-        self, command: QemuCommand, name: str
-    ) -> AsyncIterator[tuple[QemuProcess, asyncio.StreamReader, asyncio.StreamWriter]]:
-        """A QEMU that is about to run, and the guest's channel."""
-        monitor, channel = self.folder.socket("monitor"), self.folder.socket("channel")
-        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
-            asyncio.get_running_loop().create_future()
-        )
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if connected.done():
-                writer.close()  # the guest has one channel
-            else:
-                connected.set_result((reader, writer))
-
-        for path in (monitor, channel):
-            path.unlink(missing_ok=True)
-        server = await asyncio.start_unix_server(accept, channel)
-        argv = command.driven(monitor=monitor, channel=channel, console=self._console(name))
-        (self.folder.logs / f"{name}-qemu.args").write_text("\n".join(argv) + "\n")
-        qemu = QemuProcess(argv, monitor, self.folder.logs / f"{name}-qemu.log")
-        try:
-            await qemu.start()
-            reader, writer = await asyncio.wait_for(connected, CHANNEL_SECONDS)
-            yield qemu, reader, writer
-        finally:
-            await qemu.close()
-            server.close()
-            if connected.done() and not connected.cancelled():
-                connected.result()[1].close()
-            for path in (monitor, channel):
-                path.unlink(missing_ok=True)
-
-    def _console(self, name: str) -> Path:
-        return self.folder.logs / f"{name}-console.log"
-
     def _panic(self, each: Round) -> str | None:
         """The panic that the guest's console ends with, if it does."""
         try:
-            with self._console(each.name).open("rb") as console:
+            with self.folder.console(each.name).open("rb") as console:
                 console.seek(max(0, console.seek(0, 2) - CONSOLE_TAIL))
                 text = console.read().decode(errors="replace")
         except OSError:

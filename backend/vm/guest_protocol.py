@@ -129,8 +129,9 @@ class Handlers(Protocol):
     async def checked(self, test: ktap.Test) -> None:
         """One of the guest's checks has ended."""
 
-    async def data_written(self, offset: int, length: int, sha256: str) -> Answer:
-        """The guest read `length` bytes back from byte `offset` of the disk: compare the backing store's hash (hex)."""
+    async def data_written(self, nvme: str, offset: int, length: int, sha256: str) -> Answer:
+        """The guest read `length` bytes back from byte `offset` of the disk of that BDF: compare the backing store's
+        hash (hex)."""
 
     async def isolation_never_mapped(self, nvme: str) -> OrderedFault | Answer:
         """Have a function DMA to an IOVA never mapped. `nvme` is the BDF of the function that the guest checks."""
@@ -151,7 +152,7 @@ class NoHost:
     async def checked(self, test: ktap.Test) -> None:
         return None
 
-    async def data_written(self, offset: int, length: int, sha256: str) -> Answer:
+    async def data_written(self, nvme: str, offset: int, length: int, sha256: str) -> Answer:
         return Answer.skip("the host does not hold the disk")
 
     async def isolation_never_mapped(self, nvme: str) -> OrderedFault | Answer:
@@ -293,7 +294,7 @@ async def _ask(question: Question, handlers: Handlers) -> Answer:
                 sha256 = fields.get("sha256", "")
                 if not re.fullmatch("[0-9a-f]{64}", sha256):
                     return Answer.fail("sha256 is no hash of 64 hexadecimal digits")
-                return await handlers.data_written(offset, length, sha256)
+                return await handlers.data_written(nvme, offset, length, sha256)
             case "isolation-never-mapped":
                 return _as_answer(await handlers.isolation_never_mapped(nvme))
             case "isolation-unmapped":

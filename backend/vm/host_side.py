@@ -13,6 +13,7 @@ from backend.vm.backend import Backend
 from backend.vm.errors import CannotRun
 from backend.vm.guest_protocol import Answer, GuestResult, HeldPage, OrderedFault, Step
 from backend.vm.machine import FunctionConfig
+from backend.vm.placement import Placement
 from backend.vm.qemu_process import QemuProcess
 from backend.vm.report import Check, DmaExample
 from backend.vm.traffic import Traffic
@@ -26,43 +27,46 @@ NEVER_MAPPED = range(
 )  # Linux gives IOVAs from 4 GiB downwards, and only as many as it needs
 
 
-class BarMoved(CannotRun):
-    """The firmware put the IOMMU elsewhere than the IVRS says."""
+class Moved(CannotRun):
+    """The firmware put something elsewhere than the IVRS says."""
 
 
 class HostSide:
     """Handlers (backend.vm.guest_protocol) of one boot; `checks` and `traffic` hold what came of it."""
 
     def __init__(
-        self, backend: Backend, qemu: QemuProcess, bar: int, *, step: Step, progress: Callable[[str], None]
+        self, backend: Backend, qemu: QemuProcess, placement: Placement, *, step: Step, progress: Callable[[str], None]
     ) -> None:
         self._backend = backend
         self.qemu = qemu
-        self._bar = bar
+        self._placement = placement
         self._step = step
         self._progress = progress
         self.checks: list[Check] = []
         self.traffic = Traffic()
         self.example: DmaExample | None = None
-        self._commands_before = backend.iommu.commands.copy()
+        self._commands_before = {name: iommu.commands.copy() for name, iommu in backend.iommus.items()}
 
     async def ready(self, facts: Mapping[str, str]) -> None:
-        """Is the IOMMU where the IVRS says? Its driver has used that address already: late to find out, not silent."""
+        """Is all where the IVRS says? The IOMMU's driver has used it already: late to find out, not silent."""
         self._progress("checking")
-        iommu = self._backend.machine.iommu
-        found = await self.qemu.bar_address(iommu.slot, 0)
-        if found != self._bar:
-            raise BarMoved(
-                f"the registers of {iommu.name} stand at {found or 0:#x}, and the IVRS told the guest {self._bar:#x}, "
-                "learnt in an earlier run; that address has been forgotten: run again to learn the new one"
+        found = await self.qemu.placement(self._backend.machine)
+        moved = "not all of the functions are there" if found is None else found.difference(self._placement)
+        if moved:
+            raise Moved(
+                f"{moved}, as the IVRS told the guest, learnt in an earlier run; that has been forgotten: run again to "
+                "learn anew"
             )
 
     async def checked(self, test: ktap.Test) -> None:
         self._progress(f"{test.name}: {test.status}")
 
-    async def data_written(self, offset: int, length: int, sha256: str) -> Answer:
+    async def data_written(self, nvme: str, offset: int, length: int, sha256: str) -> Answer:
         """The guest's hash of what it wrote against that of the backing store."""
-        namespace = next(iter(self._backend.controllers.values())).namespace
+        found = self._endpoint(nvme)
+        if found is None:
+            return Answer.fail(f"{nvme} is no function of this backend")
+        namespace = found[1].namespace
         if offset + length > namespace.size:
             return Answer.fail(f"the disk has {namespace.size} bytes")
         ours = await asyncio.to_thread(namespace.digest, offset, length)
@@ -101,14 +105,14 @@ class HostSide:
 
     async def next_step(self, result: GuestResult) -> Step:
         """Counted here, before a power-off turns the IOMMU off."""
-        self.traffic = self._backend.meter.traffic()
+        self.traffic = self._backend.traffic()
         self.checks += self._traffic_checks()
         self.example = self._example()
         return self._step
 
     def _endpoint(self, bdf: str) -> tuple[FunctionConfig, NvmeController] | None:
         for config in self._backend.machine.endpoints:
-            if config.bdf == bdf:
+            if config.bdf == bdf and config.name in self._backend.controllers:
                 return config, self._backend.controllers[config.name]
         return None
 
@@ -123,7 +127,7 @@ class HostSide:
         """
         await self.qemu.pause()
         try:
-            exclude = [self._backend.iommu.event_log_range]
+            exclude = [self._backend.iommu_of(config.rid).event_log_range]
             before = await asyncio.to_thread(self._backend.memory.snapshot, exclude)
             written = controller.probe_write(iova, MARK)
             read = controller.probe_read(iova, PAGE)
@@ -140,11 +144,14 @@ class HostSide:
         return OrderedFault(config.bdf, iova, text)
 
     def _example(self) -> DmaExample | None:
-        """The path of the controller's own reads of its admin submission queue, which stays mapped."""
-        config = self._backend.machine.endpoints[0]
-        iova = self._backend.controllers[config.name].admin_queue
+        """The path of a controller's own reads of its admin submission queue, which stays mapped."""
+        controllers = self._backend.controllers
+        config = next((each for each in self._backend.machine.endpoints if each.name in controllers), None)
+        if config is None:
+            return None
+        iova = controllers[config.name].admin_queue
         found = self._look_up(config, iova, Access.READ)
-        levels = self._backend.iommu.stage1_levels(config.rid)
+        levels = self._backend.iommu_of(config.rid).stage1_levels(config.rid)
         if isinstance(found, Fault) or levels is None:
             return None
         stage2 = self._backend.context.get_info(self._backend.stage2).format
@@ -155,16 +162,31 @@ class HostSide:
 
     def _traffic_checks(self) -> list[Check]:
         traffic = self.traffic
+        each = {name: self._backend.meters[name].traffic() for name in self._backend.controllers}
+        translated = all(found.moved for found in each.values())
         moved = f"{traffic.moved} of {traffic.translations} translated requests found a GPA other than the IOVA"
-        passed = (
-            f"{traffic.bypassed} requests since the guest enabled its IOMMU, {traffic.before_iommu} before (firmware)"
-        )
-        given = self._backend.iommu.commands - self._commands_before
-        commands = ", ".join(f"{count} {opcode.name}" for opcode, count in sorted(given.items()))
+        if len(each) > 1:
+            moved += f" ({', '.join(f'{found.moved} of {name}' for name, found in each.items())})"
+        bypassed = sum(found.bypassed for found in each.values())
+        passed = f"{bypassed} requests since the guest enabled its IOMMU, {traffic.before_iommu} before (firmware)"
         return [
-            Check("dma/translated", "pass" if traffic.moved else "fail", moved),
-            Check("dma/bypassed", "fail" if traffic.bypassed else "pass", passed),
-            Check(
-                "dma/iommu-commands", "pass" if commands else "fail", commands or "the guest gave its IOMMU no command"
-            ),
+            Check("dma/translated", "pass" if translated else "fail", moved),
+            Check("dma/bypassed", "fail" if bypassed else "pass", passed),
+            *self._command_checks(),
         ]
+
+    def _command_checks(self) -> list[Check]:
+        """Each IOMMU of the machine has work: several are told apart by their names."""
+        several = len(self._backend.iommus) > 1
+        checks = []
+        for name, iommu in self._backend.iommus.items():
+            given = iommu.commands - self._commands_before[name]
+            commands = ", ".join(f"{count} {opcode.name}" for opcode, count in sorted(given.items()))
+            checks.append(
+                Check(
+                    f"dma/{name}-commands" if several else "dma/iommu-commands",
+                    "pass" if commands else "fail",
+                    commands or f"the guest gave {name} no command",
+                )
+            )
+        return checks

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backend.vm.endpoint_models import ENDPOINT_MODELS
 from backend.vm.errors import CannotRun
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "qemu-configs"
 
 IOMMU_MODELS = frozenset({"amd-iommu"})
-ENDPOINT_MODELS = frozenset({"nvme"})
 
 MAX_FUNCTIONS = 16  # one socket and one libvfio-user context each; a machine file is written by a person
+MAX_PORTS = 16  # a function each; firmware gives each a window of memory and of I/O, and there are 64 KiB of I/O
+MAX_NAME = 16
 MIN_MEMORY = 128 << 20  # Debian's kernel does not reach userspace with less
 MAX_MEMORY = 1 << 40  # beyond this the guest's addresses would not fit the 48-bit stage 2 by any sane margin
 MAX_CPUS = 64  # more than a TCG host can carry; a typing error otherwise
@@ -35,21 +37,37 @@ def parse_size(text: str | int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class PortConfig:
+    """A PCI Express root port: `slot` is its device number on the root bus."""
+
+    name: str
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class FunctionConfig:
-    """One PCI function that the backend serves. `slot` is its device number on the root bus; its RID is slot << 3."""
+    """One PCI function that the backend serves.
+
+    `slot` is its device number on its bus: the root bus, or, with `port`, the bus behind that root port. Firmware
+    numbers those, and `Machine.with_buses` takes in what was learnt; until then `bus` is what SeaBIOS would give.
+    `iommu` names the IOMMU before an endpoint.
+    """
 
     name: str
     model: str
     slot: int
     size: int = 0
+    port: str | None = None
+    iommu: str | None = None
+    bus: int = 0
 
     @property
     def rid(self) -> int:
-        return self.slot << 3
+        return self.bus << 8 | self.slot << 3
 
     @property
     def bdf(self) -> str:
-        return f"0000:00:{self.slot:02x}.0"
+        return f"0000:{self.bus:02x}:{self.slot:02x}.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +92,33 @@ class Machine:
     append: str
     modules: tuple[str, ...]
     functions: tuple[FunctionConfig, ...]
+    ports: tuple[PortConfig, ...] = ()
     limits: Limits = Limits()
     built_modules: tuple[str, ...] = ()
     """Modules of guest-tests/modules, built for the kernel at hand."""
 
     @property
-    def iommu(self) -> FunctionConfig:
-        return next(f for f in self.functions if f.model in IOMMU_MODELS)
+    def iommus(self) -> tuple[FunctionConfig, ...]:
+        return tuple(f for f in self.functions if f.model in IOMMU_MODELS)
 
     @property
     def endpoints(self) -> tuple[FunctionConfig, ...]:
         return tuple(f for f in self.functions if f.model in ENDPOINT_MODELS)
 
-    def with_options(self, *, memory: str | None = None, cpus: int | None = None, append: str = "") -> Machine:
+    def behind(self, iommu: str) -> tuple[FunctionConfig, ...]:
+        """The endpoints behind the IOMMU of that name."""
+        return tuple(f for f in self.endpoints if f.iommu == iommu)
+
+    def with_buses(self, buses: Mapping[str, int]) -> Machine:
+        """The same machine with each function (by name) on the bus of that number."""
+        functions = tuple(dataclasses.replace(f, bus=buses[f.name]) for f in self.functions)
+        return dataclasses.replace(self, functions=functions)
+
+    def with_options(
+        self, *, memory: str | None = None, cpus: int | None = None, cpu: str | None = None, append: str = ""
+    ) -> Machine:
         """The same machine with what the command line asks for in place of the file's values."""
-        new = dataclasses.replace(self, append=f"{self.append} {append}".strip())
+        new = dataclasses.replace(self, append=f"{self.append} {append}".strip(), cpu=cpu or self.cpu)
         if memory is not None:
             new = dataclasses.replace(new, memory=_size("--memory", memory))
         if cpus is not None:
@@ -122,12 +152,13 @@ def load(name: str) -> Machine:
 
 def parse(name: str, data: Mapping[str, Any]) -> Machine:
     """A machine from the decoded file; ValueError, TypeError or KeyError say what is wrong in it."""
-    _known("the file", data, {"description", "machine", "kernel", "limits", "function"})
+    _known("the file", data, {"description", "machine", "kernel", "limits", "port", "function"})
     board, kernel = dict(data["machine"]), dict(data.get("kernel", {}))
     _known("[machine]", board, {"type", "cpu", "memory", "cpus"})
     _known("[kernel]", kernel, {"append", "modules", "built_modules"})
     limits = dict(data.get("limits", {}))
     _known("[limits]", limits, {field.name for field in dataclasses.fields(Limits)})
+    ports = tuple(_port(entry) for entry in data.get("port", ()))
     machine = Machine(
         name=name,
         description=str(data.get("description", name)),
@@ -138,43 +169,111 @@ def parse(name: str, data: Mapping[str, Any]) -> Machine:
         append=str(kernel.get("append", "console=ttyS0")),
         modules=tuple(kernel.get("modules", ())),
         built_modules=tuple(kernel.get("built_modules", ())),
-        functions=tuple(_function(entry) for entry in data.get("function", ())),
+        functions=_functions(data.get("function", ()), ports),
+        ports=ports,
         limits=Limits(**{key: float(value) for key, value in limits.items()}),
     )
-    _check_functions(machine)
+    _check_slots(machine)
+    _check_iommus(machine)
     _check_resources(machine, "[machine]")
     return machine
 
 
+def _port(entry: Mapping[str, Any]) -> PortConfig:
+    _known("[[port]]", entry, {"name", "slot"})
+    return PortConfig(_name("port", entry), _slot("port", entry))
+
+
+def _functions(entries: Sequence[Mapping[str, Any]], ports: Sequence[PortConfig]) -> tuple[FunctionConfig, ...]:
+    """Endpoints that name no IOMMU stand behind the first. Buses as SeaBIOS numbers them: in the order of the ports'
+    slots, from 1."""
+    found = [_function(entry) for entry in entries]
+    first = next((f.name for f in found if f.model in IOMMU_MODELS), None)
+    order = [port.name for port in sorted(ports, key=lambda port: port.slot)]
+    for index, function in enumerate(found):
+        if function.port is not None:
+            if function.port not in order:
+                known = ", ".join(order) or "the file has none"
+                raise ValueError(f"function {function.name!r} names the port {function.port!r} (ports: {known})")
+            function = dataclasses.replace(function, bus=1 + order.index(function.port))  # noqa: PLW2901
+        if function.model in ENDPOINT_MODELS and function.iommu is None:
+            function = dataclasses.replace(function, iommu=first)  # noqa: PLW2901
+        found[index] = function
+    return tuple(found)
+
+
 def _function(entry: Mapping[str, Any]) -> FunctionConfig:
-    _known("[[function]]", entry, {"name", "model", "slot", "size"})
-    function = FunctionConfig(
-        str(entry["name"]), str(entry["model"]), int(entry["slot"]), parse_size(entry.get("size", 0))
+    name, model = _name("function", entry), str(entry["model"])
+    if model not in IOMMU_MODELS | ENDPOINT_MODELS.keys():
+        known = ", ".join(sorted(IOMMU_MODELS | ENDPOINT_MODELS.keys()))
+        raise ValueError(f"function {name!r} has the unknown model {model!r} (known: {known})")
+    keys = {"name", "model", "slot"}
+    if model in ENDPOINT_MODELS:
+        keys |= {"port", "iommu"} | ({"size"} if ENDPOINT_MODELS[model].disk else set())
+    _known(f"[[function]] {name!r} of model {model!r}", entry, keys)
+    if ("port" in entry) == ("slot" in entry):
+        raise ValueError(f"function {name!r} has either a slot (on the root bus) or a port (it is alone behind that)")
+    return FunctionConfig(
+        name,
+        model,
+        _slot("function", entry) if "slot" in entry else 0,
+        parse_size(entry.get("size", 0)),
+        port=str(entry["port"]) if "port" in entry else None,
+        iommu=str(entry["iommu"]) if "iommu" in entry else None,
     )
-    if function.model not in IOMMU_MODELS | ENDPOINT_MODELS:
-        known = ", ".join(sorted(IOMMU_MODELS | ENDPOINT_MODELS))
-        raise ValueError(f"function {function.name!r} has the unknown model {function.model!r} (known: {known})")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,15}", function.name):
+
+
+def _name(what: str, entry: Mapping[str, Any]) -> str:
+    name = str(entry["name"])
+    if not re.fullmatch(rf"[a-z][a-z0-9-]{{0,{MAX_NAME - 1}}}", name):
         raise ValueError(
-            f"function name {function.name!r} must be 1 to 16 of a-z, 0-9 and '-': its socket is named after it"
+            f"{what} name {name!r} must be 1 to {MAX_NAME} of a-z, 0-9 and '-', a letter first: its socket and QEMU's "
+            "device are named after it"
         )
-    if not 1 <= function.slot <= 30:
-        raise ValueError(f"function {function.name!r} has slot {function.slot}: 1 to 30 are free on q35's root bus")
-    return function
+    return name
 
 
-def _check_functions(machine: Machine) -> None:
-    functions = machine.functions
+def _slot(what: str, entry: Mapping[str, Any]) -> int:
+    slot = int(entry["slot"])
+    if not 1 <= slot <= 30:
+        raise ValueError(f"{what} {entry['name']!r} has slot {slot}: 1 to 30 are free on q35's root bus")
+    return slot
+
+
+def _check_slots(machine: Machine) -> None:
+    functions, ports = machine.functions, machine.ports
     if len(functions) > MAX_FUNCTIONS:
         raise ValueError(f"{len(functions)} functions, at most {MAX_FUNCTIONS} can be served")
-    for what in ("name", "slot"):
-        values = [getattr(f, what) for f in functions]
+    if len(ports) > MAX_PORTS:
+        raise ValueError(f"{len(ports)} ports, at most {MAX_PORTS} can be numbered")
+    on_root = [f for f in functions if f.port is None]
+    taken: dict[str, list[str]] = {
+        "name": [f.name for f in functions] + [port.name for port in ports],
+        "slot": [str(f.slot) for f in on_root] + [str(port.slot) for port in ports],
+        "port": [f.port for f in functions if f.port is not None],
+    }
+    for what, values in taken.items():
         if len(set(values)) != len(values):
-            raise ValueError(f"two functions share a {what}: {values}")
-    if sum(f.model in IOMMU_MODELS for f in functions) != 1:
-        raise ValueError(f"a machine has exactly one IOMMU function (models: {', '.join(sorted(IOMMU_MODELS))})")
-    if not machine.endpoints:
-        raise ValueError("a machine has at least one endpoint behind its IOMMU")
+            raise ValueError(f"two functions or ports share a {what}: {', '.join(values)}")
+    empty = {port.name for port in ports} - {function.port for function in functions}
+    if empty:
+        raise ValueError(f"nothing stands behind port {min(empty)!r}: give a function port = {min(empty)!r}")
+
+
+def _check_iommus(machine: Machine) -> None:
+    models = ", ".join(sorted(IOMMU_MODELS))
+    if not machine.iommus:
+        raise ValueError(f"a machine has at least one IOMMU function (models: {models})")
+    names = [iommu.name for iommu in machine.iommus]
+    for endpoint in machine.endpoints:
+        if endpoint.iommu not in names:
+            raise ValueError(
+                f"endpoint {endpoint.name!r} stands behind {endpoint.iommu!r}, which is no IOMMU of this machine "
+                f"({', '.join(names)})"
+            )
+    for name in names:
+        if not machine.behind(name):
+            raise ValueError(f"a machine has at least one endpoint behind each IOMMU, and {name!r} has none")
 
 
 def _check_resources(machine: Machine, where: str) -> None:

@@ -14,6 +14,7 @@ from backend.vm.cache import cache_dir
 from backend.vm.errors import CannotRun
 from backend.vm.initramfs import GuestFiles, build_initramfs
 from backend.vm.machine import Machine
+from backend.vm.placement import Placement
 from backend.vm.progress import notice
 from backend.vm.qemu_binary import Qemu
 from backend.vm.qemu_command import QemuCommand
@@ -51,9 +52,13 @@ class Parts:
         """QEMU's line for a machine, as yet without an IVRS."""
         return QemuCommand(self.qemu.argv, machine, self.accel, sockets, self.kernel, self.initrd)
 
-    def ivrs(self, machine: Machine, bar: int) -> Path:
-        """A file with the IVRS for this machine's functions, with the IOMMU's registers at `bar`."""
-        body = ivrs_table([Ivhd(bar, machine.iommu.rid, [f.rid for f in machine.endpoints])])
+    def ivrs(self, machine: Machine, placement: Placement) -> Path:
+        """A file with the IVRS for this machine's functions, where they were placed."""
+        placed = machine.with_buses(placement.buses)
+        body = ivrs_table(
+            Ivhd(placement.bars[iommu.name], iommu.rid, [f.rid for f in placed.behind(iommu.name)])
+            for iommu in placed.iommus
+        )
         path = self.cache / "ivrs" / f"{hashlib.sha256(body).hexdigest()[:16]}.bin"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)

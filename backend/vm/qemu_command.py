@@ -20,7 +20,7 @@ class QemuCommand:
     sockets: Mapping[str, Path]  # function name -> its vfio-user socket
     kernel: Path
     initrd: Path
-    ivrs: Path | None = None  # None in the short first run that learns where the firmware puts the BAR
+    ivrs: Path | None = None  # None in the short first run that learns where the firmware puts things
 
     def with_ivrs(self, ivrs: Path) -> QemuCommand:
         """The same with the table that tells the guest of its IOMMU."""
@@ -35,14 +35,19 @@ class QemuCommand:
             # share=on is what lets the backend see guest memory; without it every DMA would need a message
             "-object", f"memory-backend-memfd,id=ram,size={machine.memory >> 20}M,share=on",
         ]  # fmt: skip
+        for number, port in enumerate(machine.ports, start=1):
+            root = {"driver": "pcie-root-port", "id": port.name, "chassis": number, "slot": number}
+            argv += _device({**root, "bus": "pcie.0", "addr": f"{port.slot:x}.0"})
         for function in machine.functions:
-            device = {
-                "driver": "vfio-user-pci",
-                "socket": {"type": "unix", "path": str(self.sockets[function.name])},
-                "bus": "pcie.0",
-                "addr": f"{function.slot:x}.0",
-            }
-            argv += ["-device", json.dumps(device, separators=(",", ":"))]
+            argv += _device(
+                {
+                    "driver": "vfio-user-pci",
+                    "id": function.name,  # by which query-pci tells where the firmware has put it
+                    "socket": {"type": "unix", "path": str(self.sockets[function.name])},
+                    "bus": function.port or "pcie.0",
+                    "addr": f"{function.slot:x}.0",
+                }
+            )
         if self.ivrs is not None:
             argv += ["-acpitable", f"sig=IVRS,rev=2,oem_id=VIOASI,oem_table_id=VIOASID,data={_comma(self.ivrs)}"]
         return argv
@@ -71,6 +76,10 @@ class QemuCommand:
             "-chardev", f"file,id=console,path={_comma(console)}", "-serial", "chardev:console",
             "-chardev", f"socket,id=channel,path={_comma(channel)}", "-serial", "chardev:channel",
         ]  # fmt: skip
+
+
+def _device(properties: Mapping[str, object]) -> list[str]:
+    return ["-device", json.dumps(properties, separators=(",", ":"))]
 
 
 def _comma(path: Path) -> str:

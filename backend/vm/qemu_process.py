@@ -14,6 +14,8 @@ from qemu.qmp import EventListener, QMPClient, QMPError
 
 from backend.vm.errors import CannotRun
 from backend.vm.lost import VmLost
+from backend.vm.machine import Machine
+from backend.vm.placement import Placement
 
 T = TypeVar("T")
 
@@ -105,21 +107,15 @@ class QemuProcess:
         data = cast("dict[str, Any]", message.get("data", {}))
         return str(message["event"]), str(data.get("reason", ""))
 
-    async def bar_address(self, slot: int, bar: int) -> int | None:
-        """Where the firmware or the guest has placed a BAR of bus 0 (query-pci); None while it is not placed."""
-        for bus in cast("list[dict[str, Any]]", await self.execute("query-pci")):
-            for device in bus["devices"]:
-                if (bus["bus"], device["slot"], device["function"]) == (0, slot, 0):
-                    for region in device["regions"]:
-                        if region["bar"] == bar and region["address"] not in (-1, 0):
-                            return int(region["address"])
-        return None
+    async def placement(self, machine: Machine) -> Placement | None:
+        """Where the firmware or the guest has put the machine's functions (query-pci); None: not everywhere yet."""
+        return Placement.seen(await self.execute("query-pci"), machine)
 
-    async def placed_bar_address(self, slot: int, bar: int) -> int:
-        """The BAR's address as soon as it has one."""
-        while (address := await self.bar_address(slot, bar)) is None:
+    async def placed(self, machine: Machine) -> Placement:
+        """The same as soon as it is known."""
+        while (found := await self.placement(machine)) is None:
             await asyncio.sleep(POLL_SECONDS)
-        return address
+        return found
 
     async def wait(self) -> int:
         assert self._exit is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from backend.vm.errors import CannotRun
+from backend.vm.machine import Machine
 
 SOCKET_PATH_LIMIT = 107  # sockaddr_un.sun_path holds 108 bytes, the last of them zero
 CONTROL = "control"  # the socket of each run's control plane, without .sock
@@ -44,6 +45,14 @@ class RunFolder:
                 "set XDG_RUNTIME_DIR to a shorter folder, or give the run a shorter name"
             )
         return path
+
+    def sockets(self, machine: Machine) -> dict[str, Path]:
+        """The sockets of a machine's functions, by their names."""
+        return {function.name: self.socket(function.name) for function in machine.functions}
+
+    def console(self, name: str) -> Path:
+        """The log of a guest's console, of the run's part called `name`."""
+        return self.logs / f"{name}-console.log"
 
     def close(self) -> None:
         """Remove the sockets, and the logs unless they are to be kept and there are any."""

@@ -44,11 +44,11 @@ def _dma(boot: Boot) -> dict[str, int]:
         for key, value in asdict(outcome.traffic).items():
             totals[key] = totals.get(key, 0) + value
     counters = boot.backend.engine.core.counters()
-    commands = {f"iommu_{opcode.name.lower()}": count for opcode, count in sorted(boot.backend.iommu.commands.items())}
+    commands = sorted(boot.backend.iommu_commands().items())
     return {
         **totals,
         "iotlb_hits": counters.iotlb_hits,
         "iotlb_misses": counters.iotlb_misses,
-        "iommu_enables": boot.backend.iommu.enables,
-        **commands,
+        "iommu_enables": sum(iommu.enables for iommu in boot.backend.iommus.values()),
+        **{f"iommu_{opcode.name.lower()}": count for opcode, count in commands},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from backend.core import RouteCounters
 from backend.pci import DmaPort
@@ -26,9 +26,12 @@ class Traffic:
     before_iommu: int = 0
     faults: int = 0
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Traffic)))
+
 
 class TrafficMeter:
-    """Reads the counters of the endpoints' DMA ports when the guest turns its IOMMU on and off."""
+    """Reads the counters of the DMA ports behind one IOMMU when the guest turns it on and off."""
 
     def __init__(self, ports: Sequence[DmaPort]) -> None:
         self._ports = ports

@@ -14,6 +14,6 @@ fi
 sha256=${text#sha256=}
 sha256=${sha256%% *}
 fact data_sha256 "$sha256"
-ask data-written offset=0 length=$bytes sha256="$sha256"
+ask data-written nvme="$NVME" offset=0 length=$bytes sha256="$sha256"
 outcome $? host-copy "$(field text)"
 finish
