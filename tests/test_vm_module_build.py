@@ -63,12 +63,16 @@ def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
         module_build.build(["one"], assets.kernel(), sources=folder)
 
 
-def test_a_module_without_a_source_is_named(tmp_path: Path) -> None:
+@pytest.mark.guest
+def test_a_module_that_is_not_built_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CannotRun, match="builds no module two"):
+        module_build.build(["one", "two"], assets.kernel(), sources=sources(tmp_path / "sources", MODULE % "x"))
+
+
+def test_a_machine_without_modules_needs_no_headers(tmp_path: Path) -> None:
     kernel = Kernel(tmp_path / "vmlinuz", None, "1.2.3-amd64", "cache")
-    folder = sources(tmp_path / "sources", MODULE % "x")
-    with pytest.raises(CannotRun, match="no source of module two"):
-        module_build.build(["one", "two"], kernel, Cache(tmp_path / "cache"), folder)
-    assert module_build.build([], kernel, Cache(tmp_path / "cache"), folder) == {}
+    assert module_build.build([], kernel, Cache(tmp_path / "cache")) == {}
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_kernel_without_headers_in_debian_is_refused(tmp_path: Path) -> None:
