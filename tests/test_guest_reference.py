@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from backend.vm import assets
+from backend.vm import machine as machines
 from backend.vm.cache import cache_dir
 from backend.vm.guest_protocol import Answer, GuestResult, GuestSession, NoHost
 from backend.vm.initramfs import GuestFiles, build_initramfs
@@ -44,7 +45,8 @@ async def boot(folder: Path, *, iommu: str, append: str) -> GuestResult:
     disk, channel = folder / "disk", folder / "channel.sock"
     with disk.open("wb") as file:
         file.truncate(256 * MIB)
-    kernel = assets.kernel()
+    machine, kernel = machines.load("q35-amd"), assets.kernel()
+    append = f"{append} vioasid.checks={','.join(machine.checks)}"
     initrd = build_initramfs(GuestFiles(assets.busybox(), kernel.modules_dir), cache_dir())
     argv = [
         *assets.qemu().argv, "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-m", "512M",

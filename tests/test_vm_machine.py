@@ -79,6 +79,7 @@ def test_a_machine_file() -> None:
         ("slot = 5", "slot = 31", "slot 31: 1 to 30"),
         ('memory = "1G"', 'memory = "much"', "is no size"),
         ("cpus = 2", "cores = 2", "'cores', which means nothing"),
+        ("[kernel]", '[guest]\nchecks = ["log", "x"]\n[kernel]', "'x', which is none .known: .*isolation"),
     ],
 )
 def test_what_is_wrong_with_a_file(old: str, new: str, said: str) -> None:
@@ -115,6 +116,12 @@ model = "nvme"
 port = "west"
 size = "1M"
 """
+
+
+def test_the_checks_that_a_guest_runs_stand_on_its_kernel_line() -> None:
+    found = parsed(GOOD + '[guest]\nchecks = ["iommu", "log"]\n')
+    assert found.kernel_line == "console=ttyS0 vioasid.checks=iommu,log"
+    assert parsed(GOOD).kernel_line == "console=ttyS0"
 
 
 def test_root_ports_and_several_iommus() -> None:

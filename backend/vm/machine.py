@@ -12,6 +12,7 @@ from typing import Any
 
 from backend.vm.endpoint_models import ENDPOINT_MODELS
 from backend.vm.errors import CannotRun
+from backend.vm.initramfs import GUEST_TESTS
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "qemu-configs"
 
@@ -96,6 +97,13 @@ class Machine:
     limits: Limits = Limits()
     built_modules: tuple[str, ...] = ()
     """Modules of guest-tests/modules, built for the kernel at hand."""
+    checks: tuple[str, ...] = ()
+    """Files of guest-tests/checks, by their names without the number; none named: all."""
+
+    @property
+    def kernel_line(self) -> str:
+        """With what the guest's init reads there."""
+        return f"{self.append} vioasid.checks={','.join(self.checks)}" if self.checks else self.append
 
     @property
     def iommus(self) -> tuple[FunctionConfig, ...]:
@@ -152,10 +160,12 @@ def load(name: str) -> Machine:
 
 def parse(name: str, data: Mapping[str, Any]) -> Machine:
     """A machine from the decoded file; ValueError, TypeError or KeyError say what is wrong in it."""
-    _known("the file", data, {"description", "machine", "kernel", "limits", "port", "function"})
+    _known("the file", data, {"description", "machine", "kernel", "guest", "limits", "port", "function"})
     board, kernel = dict(data["machine"]), dict(data.get("kernel", {}))
     _known("[machine]", board, {"type", "cpu", "memory", "cpus"})
     _known("[kernel]", kernel, {"append", "modules", "built_modules"})
+    guest = dict(data.get("guest", {}))
+    _known("[guest]", guest, {"checks"})
     limits = dict(data.get("limits", {}))
     _known("[limits]", limits, {field.name for field in dataclasses.fields(Limits)})
     ports = tuple(_port(entry) for entry in data.get("port", ()))
@@ -171,12 +181,21 @@ def parse(name: str, data: Mapping[str, Any]) -> Machine:
         built_modules=tuple(kernel.get("built_modules", ())),
         functions=_functions(data.get("function", ()), ports),
         ports=ports,
+        checks=_checks(guest.get("checks", ())),
         limits=Limits(**{key: float(value) for key, value in limits.items()}),
     )
     _check_slots(machine)
     _check_iommus(machine)
     _check_resources(machine, "[machine]")
     return machine
+
+
+def _checks(names: Sequence[str]) -> tuple[str, ...]:
+    known = [path.stem.partition("-")[2] for path in sorted((GUEST_TESTS / "checks").glob("*.sh"))]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"[guest] checks names {name!r}, which is none (known: {', '.join(known)})")
+    return tuple(names)
 
 
 def _port(entry: Mapping[str, Any]) -> PortConfig:

@@ -57,7 +57,7 @@ class QemuCommand:
         machine = self.machine
         return [
             "-accel", self.accel, "-cpu", "host" if self.accel == "kvm" else machine.cpu, "-smp", str(machine.cpus),
-            "-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", machine.append,
+            "-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", machine.kernel_line,
         ]  # fmt: skip
 
     def argv(self) -> list[str]:
