@@ -7,7 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +39,11 @@ class Served:
 
 
 @contextmanager
-def serving(path: Path, *, endpoints: int = 4) -> Iterator[Served]:
-    """`vioasid serve --no-vm`, ended by SIGTERM: it must end well, and say nothing on stderr."""
+def serving(path: Path, *, endpoints: int | Path = 4, more: Sequence[str] = ()) -> Iterator[Served]:
+    """`vioasid serve --no-vm`, ended by SIGTERM: it must end well, and say nothing on stderr. `more`: an --endpoint
+    each."""
     arguments = ["serve", "--no-vm", "--socket", str(path), "--endpoints", str(endpoints), "--json"]
+    arguments += [word for each in more for word in ("--endpoint", each)]
     process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -13,7 +13,7 @@ import pytest
 from control_serving import FIRST, VADDR, Memory, memory
 
 from backend.control import events
-from backend.control.alone import EngineAlone
+from backend.control.alone import EngineAlone, usual_endpoints
 from protocol import Client, Notification, RpcError, SocketRefused
 
 PAGE = 0x1000
@@ -22,7 +22,7 @@ SIZE = 1 << 20
 
 @pytest.fixture
 async def alone(tmp_path: Path) -> AsyncIterator[EngineAlone]:
-    made = EngineAlone(tmp_path / "s", 3)
+    made = EngineAlone(tmp_path / "s", usual_endpoints(3))
     await made.start()
     yield made
     await made.close()
@@ -228,7 +228,7 @@ async def test_who_is_attached_and_where_requests_go(client: Client, ram: Memory
 
 async def test_a_socket_that_will_not_do(tmp_path: Path, alone: EngineAlone) -> None:
     for path in (alone.control.path, tmp_path / ("x" * 120)):
-        second = EngineAlone(path)
+        second = EngineAlone(path, usual_endpoints(1))
         with pytest.raises(SocketRefused):
             await second.start()
         with contextlib.suppress(OSError):

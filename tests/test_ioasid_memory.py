@@ -204,12 +204,14 @@ def test_reserved_iovas() -> None:
         assert refused(lambda iova=iova, size=size: ctx.map_dma(gpa, iova, FAR, size)) == errno.EADDRINUSE  # type: ignore[misc]
     ctx.map_dma(gpa, 0xFEDFF000, FAR, PAGE)
     ctx.map_dma(gpa, 0xFEF00000, FAR, PAGE)
-    assert [(each.start, each.end) for each in ctx.get_info(gpa).reserved] == [
+    assert [(each.first, each.last + 1) for each in ctx.get_info(gpa).reserved] == [
         (0xFEE00000, 0xFEF00000),
         (1 << 36, 1 << 64),
     ]
     info = ctx.get_info(rid=DEV1)
-    assert info.permitted == ((0, 0xFEE00000), (0xFEF00000, 1 << 36))
+    assert [(each.first, each.last) for each in info.permitted] == [
+        (0, 0xFEDFFFFF), (0xFEF00000, (1 << 36) - 1),
+    ]  # fmt: skip
     ctx.detach(DEV1)
     assert refused(lambda: ctx.map_dma(gpa, 0xFEE00000, FAR, PAGE)) == errno.EADDRINUSE, "dev2 is still there"
     ctx.detach(DEV2)

@@ -56,7 +56,17 @@ def fill_parser(parser: argparse.ArgumentParser) -> None:
         "--socket", type=Path, metavar="PATH", help="with --no-vm: the control socket (one in the run's folder)"
     )
     parser.add_argument(
-        "--endpoints", type=int, default=4, metavar="N", help="with --no-vm: how many software endpoints there are (4)"
+        "--endpoints",
+        metavar="N|FILE",
+        help="with --no-vm: how many software endpoints there are (4), or a TOML file of them (docs/control.md)",
+    )
+    parser.add_argument(
+        "--endpoint",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="with --no-vm: one endpoint, of name, rid, group, snoop, pasid-bits, pasid-mode, address-width, formats, "
+        "reserved; again for more",
     )
     parser.add_argument(
         "--json",
@@ -79,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         return serve_engine.run(args, _command)
     if args.socket is not None:
         raise CannotRun("--socket goes with --no-vm: a VM's sockets lie in its run's folder, see --name")
+    if args.endpoints is not None or args.endpoint:
+        raise CannotRun("--endpoints and --endpoint go with --no-vm: a VM's are in its machine file, see --machine")
     machine = chosen_machine(args)
     with RunFolder(args.name or machine.name) as folder:
         code = supervise(

@@ -8,12 +8,13 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from backend.cli.endpoint_options import chosen_endpoints
 from backend.cli.supervisor import EXIT_OK, guarded, supervise
-from backend.control.alone import MAX_ENDPOINTS, EngineAlone
+from backend.control.alone import EngineAlone, SoftwareEndpoint
 from backend.vm.errors import CannotRun
 from backend.vm.run_folder import CONTROL, RunFolder
 from protocol import SocketRefused
@@ -25,21 +26,22 @@ Command = Callable[[list[str]], Awaitable[int]]
 
 def run(args: argparse.Namespace, command: Command) -> int:
     """Serves until SIGINT or SIGTERM, which is its normal end, or until COMMAND ends (run by `command`)."""
-    if not 0 < args.endpoints <= MAX_ENDPOINTS:
-        raise CannotRun(f"--endpoints {args.endpoints}: give 1 to {MAX_ENDPOINTS}")
+    endpoints = chosen_endpoints(args.endpoints, args.endpoint)
     with ExitStack() as stack:
         path = args.socket
         if path is None:
             path = stack.enter_context(RunFolder(args.name or RUN_NAME)).socket(CONTROL)
         return supervise(
-            lambda: guarded(lambda: asyncio.run(_serve(args, path, command))),
+            lambda: guarded(lambda: asyncio.run(_serve(args, path, endpoints, command))),
             lambda _: None,
             own_group=not args.command,
         )
 
 
-async def _serve(args: argparse.Namespace, path: Path, command: Command) -> int:
-    alone = EngineAlone(path, args.endpoints)
+async def _serve(
+    args: argparse.Namespace, path: Path, endpoints: Sequence[SoftwareEndpoint], command: Command
+) -> int:
+    alone = EngineAlone(path, endpoints)
     try:
         try:
             await alone.start()

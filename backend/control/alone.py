@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backend.ioasid import BEHIND_X86, Engine
+from backend.ioasid import BEHIND_X86, Engine, Traits
 from backend.ioasid.page_timer import PageTimer
 
 from .control import Control
@@ -18,17 +19,32 @@ MAX_ENDPOINTS = 1024
 """More than any VMM's test attaches, and few enough to list at once."""
 
 
-class EngineAlone:
-    """`endpoints` software endpoints, called sw0, sw1 ..., behind a control socket at `path`."""
+@dataclass(frozen=True, slots=True)
+class SoftwareEndpoint:
+    """A device to be: see Engine.add_device."""
 
-    def __init__(self, path: Path, endpoints: int = 4) -> None:
-        if not 0 < endpoints <= MAX_ENDPOINTS:
-            raise ValueError(f"{endpoints} endpoints: give 1 to {MAX_ENDPOINTS}")
+    rid: int
+    name: str
+    traits: Traits = BEHIND_X86
+    group: str | None = None
+
+
+def usual_endpoints(count: int) -> list[SoftwareEndpoint]:
+    """Whole functions behind an x86 IOMMU, called sw0, sw1 ..."""
+    return [SoftwareEndpoint(FIRST_RID + 8 * index, f"sw{index}") for index in range(count)]
+
+
+class EngineAlone:
+    """Software endpoints behind a control socket at `path`."""
+
+    def __init__(self, path: Path, endpoints: Sequence[SoftwareEndpoint]) -> None:
+        """IoasidError, as of Engine.add_device: they cannot be together."""
+        assert 0 < len(endpoints) <= MAX_ENDPOINTS
         self.engine = Engine()
         self._timer = PageTimer(self.engine)
-        self.endpoints = {FIRST_RID + 8 * index: f"sw{index}" for index in range(endpoints)}
-        for rid, name in self.endpoints.items():
-            self.engine.add_device(rid, name, BEHIND_X86)
+        self.endpoints = {each.rid: each.name for each in endpoints}
+        for each in endpoints:
+            self.engine.add_device(each.rid, each.name, each.traits, group=each.group)
         self.control = Control(self.engine, path, facts=self._facts, endpoints=self.endpoints.keys())
 
     def _facts(self) -> Mapping[str, Any]:

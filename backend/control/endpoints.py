@@ -42,6 +42,7 @@ class Endpoints:
             "endpoint.list": self.list,
             "endpoint.hold": self.hold,
             "endpoint.release": self.release,
+            "endpoint.pasid": self.pasid,
             "endpoint.dma_read": self.dma_read,
             "endpoint.dma_write": self.dma_write,
             "endpoint.dma_fill": self.dma_fill,
@@ -55,7 +56,7 @@ class Endpoints:
         }
 
     def list(self, session: Session, params: Params) -> list[Answer]:
-        """Every software endpoint: its RID, name, context, cookie and how many connections hold it."""
+        """Every software endpoint: its RID, name, group, context, cookie and how many connections hold it."""
         params.end()
         return [self._described(self._engine.devices[rid], session) for rid in sorted(self._rids)]
 
@@ -70,6 +71,18 @@ class Endpoints:
         device = self._device(params)
         params.end()
         self._contexts.release(session, device.rid)
+
+    def pasid(self, session: Session, params: Params) -> dict[str, int | None]:
+        """What is behind `pasid` of the guest: `physical`, which requests of `rid` carry for it (its driver is told,
+        the guest never is), and `enqcmd`, which the CPU submits work under for it (`kvm.map_pasid`); nil: none."""
+        device = self._device(params)
+        vpasid = params.number("pasid", 1 << 20)
+        params.end()
+        self._refuse_others(session, params, device)
+        if device.context is None:
+            return {"physical": None, "enqcmd": None}
+        submitted = self._engine.kvm.translate(device.context.vm, vpasid)
+        return {"physical": device.physical(vpasid), "enqcmd": submitted}
 
     def dma_read(self, session: Session, params: Params) -> Answer:
         """Read `length` bytes, 1 MiB at most: `data`."""
@@ -97,7 +110,7 @@ class Endpoints:
     def dma_copy(self, session: Session, params: Params) -> Answer:
         """Copy `length` bytes, 16 MiB at most, to `target`, which [`target_pasid`] may have another PASID for."""
         device, iova, pasid = self._request(session, params)
-        target = params.number("target", 1 << 64)
+        target = _address(device, params, "target")
         length = params.number("length", MAX_BULK + 1)
         target_pasid = _physical(device, params.optional("target_pasid", 1 << 20))
         params.end()
@@ -174,23 +187,35 @@ class Endpoints:
 
     def _request(self, session: Session, params: Params) -> tuple[Device, int, int | None]:
         device = self._device(params)
+        self._refuse_others(session, params, device)
+        return device, _address(device, params, "iova"), _physical(device, params.optional("pasid", 1 << 20))
+
+    def _refuse_others(self, session: Session, params: Params, device: Device) -> None:
         if device.context is not None and device.context is not session.own and device.rid not in session.held:
             raise IoasidError(
                 errno.EPERM,
                 f"{params.method}: {device} is bound to another connection's context: endpoint.hold it first",
             )
-        return device, params.number("iova", 1 << 64), _physical(device, params.optional("pasid", 1 << 20))
 
     def _described(self, device: Device, session: Session) -> Answer:
         context = device.context
         return {
             "rid": device.rid,
             "name": device.name,
+            "group": device.group.name,
             "context": None if context is None else self._contexts.number(context),
             "own": context is not None and context is session.own,
             "cookie": device.cookie,
             "held": self._contexts.holders(device),
         }
+
+
+def _address(device: Device, params: Params, name: str) -> int:
+    """Where a request begins: no further than the device can count."""
+    address, width = params.number(name, 1 << 64), device.traits.address_width
+    if address >> width:
+        raise params.refuse(f"{name} {address:#x} is wider than the {width} bits that {device} can send")
+    return address
 
 
 def _physical(device: Device, pasid: int | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from backend.core import Core, RouteCounters, SpaceCounters
@@ -45,6 +46,23 @@ class PasidTableInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class IovaRange:
+    """From the first address to the last: where one ends may be no number of 64 bits."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReservedRange:
+    """IOVAs that a device cannot use, from the first to the last."""
+
+    first: int
+    last: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Info:
     """The answer of GET_INFO for an IOASID."""
 
@@ -60,7 +78,7 @@ class Info:
     """Bits of an IOVA; None where no table says."""
     page_sizes: tuple[int, ...]
     """Bytes, smallest first."""
-    reserved: tuple[Window, ...]
+    reserved: tuple[ReservedRange, ...]
     """IOVAs that attached devices cannot use."""
     pid: int | None
     """The process that one of kind sva stands for, while it runs: later on, its number may be another's."""
@@ -108,9 +126,9 @@ class DeviceInfo:
     """None where its PASIDs come from a pool."""
     page_sizes: tuple[int, ...]
     """Bytes of mappings that every format has."""
-    permitted: tuple[tuple[int, int], ...]
-    """[start, end) of IOVAs that it can use."""
-    reserved: tuple[Window, ...]
+    permitted: tuple[IovaRange, ...]
+    """IOVAs that it can use."""
+    reserved: tuple[ReservedRange, ...]
     nesting: tuple[str, ...]
     pasid_bits: int
     pasid_mode: str
@@ -137,7 +155,7 @@ def describe(space: Space, core: Core) -> Info:
         root=space.bound_root,
         address_width=rule.address_width(fmt, host=host) if rule is not None and fmt is not None else bare,
         page_sizes=rule.page_sizes(fmt) if rule is not None and fmt is not None else (),
-        reserved=tuple(sorted({window for windows in space.windows for window in windows}, key=lambda w: w.start)),
+        reserved=_reserved({window for windows in space.windows for window in windows}),
         pid=space.body.process.pid if isinstance(space.body, ProcessBody) and space.body.process.alive else None,
         enforce_snoop=space.enforce_snoop,
         parent=space.parent.ioasid if space.parent is not None else None,
@@ -168,8 +186,8 @@ def describe_device(device: Device) -> DeviceInfo:
         formats=tuple(_offer(rule) for rule in rules),
         pasid_tables=tuple(each for each in _PASID_TABLES if delegable and walked.issuperset(each.leads_to)),
         page_sizes=(1 << 12, 1 << 21, 1 << 30),
-        permitted=traits.permitted(),
-        reserved=device.windows,
+        permitted=tuple(IovaRange(start, end - 1) for start, end in traits.permitted()),
+        reserved=_reserved(device.windows),
         nesting=("hardware", "software"),
         pasid_bits=traits.pasid_bits,
         pasid_mode=traits.pasid_mode,
@@ -181,6 +199,11 @@ def describe_device(device: Device) -> DeviceInfo:
         ),
         counters=device.port.counters,
     )
+
+
+def _reserved(windows: Iterable[Window]) -> tuple[ReservedRange, ...]:
+    ordered = sorted(windows, key=lambda window: window.start)
+    return tuple(ReservedRange(window.start, window.end - 1, window.why) for window in ordered)
 
 
 def _offer(rule: FormatRule) -> FormatInfo:
