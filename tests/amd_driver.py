@@ -28,15 +28,19 @@ NOWHERE = 0x7_0000_0000  # no memory there
 
 CONTROL, STATUS = 0x18, 0x2020
 COMMAND_HEAD, COMMAND_TAIL, EVENT_HEAD, EVENT_TAIL = 0x2000, 0x2008, 0x2010, 0x2018
-IOMMU_EN, EVENT_LOG_EN, EVENT_INT_EN, COM_WAIT_INT_EN, COMMAND_EN = 1, 1 << 2, 1 << 3, 1 << 4, 1 << 12
+IOMMU_EN, EVENT_LOG_EN, EVENT_INT_EN, COM_WAIT_INT_EN, COMMAND_EN, GT_EN = 1, 1 << 2, 1 << 3, 1 << 4, 1 << 12, 1 << 16
 EVENT_OVERFLOW, EVENT_INT, COM_WAIT_INT, EVENT_RUN, COMMAND_RUN = 1, 2, 4, 8, 16
 READ, WRITE = 1 << 61, 1 << 62
 
 IOVA = 0x7_1234_5000  # 35 bits, so that every level of four indexes something
 
+# What the Extended Feature Register offers (section 3.3.1): NX, GT, IA, GA; HATS six levels, GATS five, GLX three;
+# PASIDs of 16 bits, US; GIo, HA, HD
+OFFERED = 0b1101_1000 | 2 << 10 | 1 << 12 | 2 << 14 | 15 << 32 | 1 << 37 | 1 << 48 | 1 << 49 | 1 << 52
+
 # Event codes and flags (section 2.5)
 ILLEGAL_ENTRY, PAGE_FAULT, DEVICE_TABLE_ERROR, PAGE_TABLE_ERROR, ILLEGAL_COMMAND, COMMAND_ERROR = 1, 2, 3, 4, 5, 6
-GN, PR, RW, PE, RZ = 1 << 0, 1 << 4, 1 << 5, 1 << 6, 1 << 7
+GN, NX, US, PR, RW, PE, RZ = 1 << 0, 1 << 1, 1 << 2, 1 << 4, 1 << 5, 1 << 6, 1 << 7
 MASTER_ABORT, DATA_ERROR = 1 << 9, 3 << 9  # Type of a hardware error
 
 ALL_PAGES = 0x7FFF_FFFF_FFFF_F000
@@ -77,12 +81,20 @@ def invalidate_entry(device: int) -> bytes:
     return struct.pack("<QQ", 2 << 60 | device, 0)
 
 
-def invalidate_pages(domain: int, address: int, size: bool) -> bytes:
-    return struct.pack("<QQ", 3 << 60 | domain << 32, address | size | 2)
+def invalidate_pages(domain: int, address: int, size: bool, pasid: int | None = None) -> bytes:
+    guest = 0 if pasid is None else 4
+    return struct.pack("<QQ", 3 << 60 | domain << 32 | (pasid or 0), address | size | 2 | guest)
 
 
-def invalidate_device_tlb(device: int, address: int) -> bytes:
-    return struct.pack("<QQ", 4 << 60 | device << 32 | 1 << 24 | device, address)
+def invalidate_device_tlb(
+    device: int, address: int, *, size: bool = False, pasid: int | None = None, most: int = 1
+) -> bytes:
+    """The queue is the device's own. A PASID's bits 7:0 stand in 55:48, 15:8 in 23:16, 19:16 in 59:56."""
+    first, second = device | most << 24, device
+    if pasid is not None:
+        first |= (pasid >> 8 & 0xFF) << 16
+        second |= (pasid & 0xFF) << 16 | (pasid >> 16) << 24
+    return struct.pack("<IIQ", first, 4 << 28 | second, address | size | (0 if pasid is None else 4))
 
 
 def invalidate_interrupts(device: int) -> bytes:
@@ -96,6 +108,85 @@ def invalidate_all() -> bytes:
 def device_entry(root: int = 0, mode: int = 0, domain: int = 0, *, low: int = 3 | READ | WRITE, high: int = 0) -> bytes:
     """A device table entry (section 2.2.2): V 0, TV 1, Mode 11:9, root 51:12, IR 61, IW 62, domain ID 79:64."""
     return struct.pack("<4Q", low | mode << 9 | root, domain | high, 0, 0)
+
+
+def guest_entry(
+    gcr3: int,
+    *,
+    glx: int = 0,
+    giov: bool = False,
+    five: bool = False,
+    domain: int = 0,
+    mode: int = 0,
+    root: int = 0,
+    low: int = 3 | READ | WRITE,
+    high: int = 0,
+) -> bytes:
+    """An entry with GV 55, GIoV 54, GLX 57:56, GuestPagingMode 183:182; the GCR3 root in 60:58, 95:80 and 127:107."""
+    low |= 1 << 55 | giov << 54 | glx << 56 | (gcr3 >> 12 & 7) << 58 | mode << 9 | root
+    high |= domain | (gcr3 >> 15 & 0xFFFF) << 16 | (gcr3 >> 31) << 43
+    return struct.pack("<4Q", low, high, five << 54, 0)
+
+
+class Gcr3Table:
+    """A GCR3 table (section 2.2.6.3): each level resolves 9 bits of the PASID, an entry is an address and bit 0."""
+
+    def __init__(self, ram: Ram, base: int, levels: int) -> None:
+        self._ram = ram
+        self._free = base + PAGE
+        self.root = base
+        self.levels = levels
+        ram.poke(base, bytes(PAGE))
+
+    def slot(self, pasid: int) -> int:
+        table = self.root
+        for level in range(self.levels, 1, -1):
+            at = table + (pasid >> 9 * (level - 1) & 0x1FF) * 8
+            (entry,) = struct.unpack("<Q", self._ram.peek(at, 8))
+            if not entry & 1:
+                entry = self._free | 1
+                self._ram.poke(self._free, bytes(PAGE))
+                self._ram.poke(at, struct.pack("<Q", entry))
+                self._free += PAGE
+            table = entry & 0x000F_FFFF_FFFF_F000
+        return table + (pasid & 0x1FF) * 8
+
+    def set(self, pasid: int, entry: int) -> None:
+        self._ram.poke(self.slot(pasid), struct.pack("<Q", entry))
+
+
+class GuestTable:
+    """A guest page table of four or five levels: x86-64, P 0, R/W 1, U/S 2, A 5, D 6, PS 7, XD 63 (SDM 3, 4.5)."""
+
+    def __init__(self, ram: Ram, base: int, levels: int = 4) -> None:
+        self._ram = ram
+        self._free = base + PAGE
+        self.root = base
+        self.levels = levels
+        ram.poke(base, bytes(PAGE))
+
+    def slot(self, address: int, level: int = 1) -> int:
+        table = self.root
+        for above in range(self.levels, level, -1):
+            at = table + (address >> 12 + 9 * (above - 1) & 0x1FF) * 8
+            (entry,) = struct.unpack("<Q", self._ram.peek(at, 8))
+            if not entry & 1:
+                entry = self._free | 7
+                self._ram.poke(self._free, bytes(PAGE))
+                self._ram.poke(at, struct.pack("<Q", entry))
+                self._free += PAGE
+            table = entry & 0x000F_FFFF_FFFF_F000
+        return table + (address >> 12 + 9 * (level - 1) & 0x1FF) * 8
+
+    def set(self, address: int, entry: int, level: int = 1) -> None:
+        self._ram.poke(self.slot(address, level), struct.pack("<Q", entry))
+
+    def get(self, address: int, level: int = 1) -> int:
+        (entry,) = struct.unpack("<Q", self._ram.peek(self.slot(address, level), 8))
+        return int(entry)
+
+    def map(self, address: int, gpa: int, *, writable: bool = True, user: bool = True) -> None:
+        self.set(address, 1 | writable << 1 | user << 2 | gpa)
 
 
 class PageTable:
@@ -192,7 +283,7 @@ class Vm:
         """Device table of `pages` pages, rings of 2^n entries, all on, everything invalidated."""
         self.write(0x00, DEVICE_TABLE | pages - 1)
         self.set_commands(commands)
-        self.control(set_=COMMAND_EN)
+        self.control(set_=COMMAND_EN | GT_EN)
         self.control(set_=IOMMU_EN)
         self.submit(invalidate_all())
         self.set_events(events)

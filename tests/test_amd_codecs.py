@@ -4,9 +4,11 @@ import struct
 
 import pytest
 from amd_driver import (
+    OFFERED,
     READ,
     WRITE,
     completion_wait,
+    guest_entry,
     invalidate_all,
     invalidate_device_tlb,
     invalidate_entry,
@@ -31,12 +33,19 @@ from backend.viommu.amd.commands import (
     address_range,
     decode,
 )
-from backend.viommu.amd.device_table import Decision, DeviceTable, Verdict, judge, reserved_bits
+from backend.viommu.amd.device_table import Decision, DeviceTable, GuestTables, Verdict, judge, reserved_bits
 from backend.viommu.amd.event_log import EventCode, EventFlag, event
-from backend.viommu.amd.features import EFR, EFR_FIELDS, capability_data, host_levels
+from backend.viommu.amd.features import (
+    EFR,
+    EFR_FIELDS,
+    capability_data,
+    gcr3_levels,
+    guest_levels,
+    host_levels,
+    pasid_bits,
+)
 
-IA = 1 << 6
-HATS_SIX = 2 << 10
+IA, GT, PPR, GIO, HA, EPH, HD = 1 << 6, 1 << 4, 1 << 1, 1 << 48, 1 << 49, 1 << 50, 1 << 52
 
 
 def bits(*ranges: tuple[int, int]) -> int:
@@ -44,7 +53,7 @@ def bits(*ranges: tuple[int, int]) -> int:
     return sum(((1 << high - low + 1) - 1) << low for high, low in ranges)
 
 
-# Section 2.4: the bits of each command that are fields, opcode aside, as far as host tables alone have them.
+# Section 2.4: the bits of each command that are fields, opcode aside; of those that GTSup gives, in GUEST_FIELDS.
 COMMAND_FIELDS = {
     1: (bits((2, 0), (51, 3)), bits((63, 0))),
     2: (bits((15, 0)), 0),
@@ -52,6 +61,10 @@ COMMAND_FIELDS = {
     4: (bits((15, 0), (31, 24), (47, 32)), bits((0, 0), (63, 12))),
     5: (bits((15, 0)), 0),
     8: (0, 0),
+}
+GUEST_FIELDS = {
+    3: (bits((19, 0)), bits((2, 2))),
+    4: (bits((23, 16), (59, 48)), bits((2, 2))),
 }
 
 
@@ -72,9 +85,9 @@ def fault(reason: Reason = Reason.NOT_PRESENT, gpa: int = 0) -> Fault:
 
 
 class TestFeatures:
-    def test_what_is_offered_is_host_tables_of_six_levels_and_invalidate_all(self) -> None:
-        assert EFR == IA | HATS_SIX
-        assert host_levels(EFR) == 6
+    def test_what_is_offered(self) -> None:
+        assert EFR == OFFERED
+        assert (host_levels(EFR), guest_levels(EFR), gcr3_levels(EFR), pasid_bits(EFR)) == (6, 5, 3, 16)
 
     def test_fields_do_not_overlap_and_say_why(self) -> None:
         seen = 0
@@ -148,7 +161,17 @@ class TestCommands:
                 3,
                 InvalidatePages(0xFFFF, AddressRange(0x5000, 0x1000), directories=False),
             ),
-            (invalidate_device_tlb(0x18, 0x9000), 4, InvalidateDeviceTlb(0x18, AddressRange(0x9000, 0x1000))),
+            (invalidate_device_tlb(0x18, 0x9000), 4, InvalidateDeviceTlb(0x18, AddressRange(0x9000, 0x1000), None, 1)),
+            (
+                struct.pack("<QQ", 0x4A34_0018_2012_0018, 0x9005),
+                4,
+                InvalidateDeviceTlb(0x18, AddressRange(0x8000, 0x4000), 0xA1234, 0x20),
+            ),
+            (
+                struct.pack("<QQ", 0x3000_0007_000A_1234, 0x5004),
+                3,
+                InvalidatePages(7, AddressRange(0x5000, 0x1000), directories=False, pasid=0xA1234),
+            ),
             (invalidate_interrupts(0x18), 5, InvalidateInterruptTable(0x18)),
             (invalidate_all(), 8, InvalidateAll()),
         ],
@@ -168,16 +191,18 @@ class TestCommands:
     @pytest.mark.parametrize("number", COMMAND_FIELDS)
     def test_each_bit_is_a_field_or_reserved(self, number: int) -> None:
         low, high = COMMAND_FIELDS[number]
-        for bit in range(128):
-            if 60 <= bit < 64:
-                continue
-            word = 1 << bit
-            raw = (number << 60 | word).to_bytes(16, "little")
-            if word & (high << 64 | low):
-                decode(raw, EFR)
-            else:
-                with pytest.raises(IllegalCommand, match="reserved"):
-                    decode(raw, EFR)
+        guest_low, guest_high = GUEST_FIELDS.get(number, (0, 0))
+        for efr, fields in ((EFR & ~GT, high << 64 | low), (EFR, (high | guest_high) << 64 | low | guest_low)):
+            for bit in range(128):
+                if 60 <= bit < 64:
+                    continue
+                word = 1 << bit
+                raw = (number << 60 | word).to_bytes(16, "little")
+                if word & fields:
+                    decode(raw, efr)
+                else:
+                    with pytest.raises(IllegalCommand, match="reserved"):
+                        decode(raw, efr)
 
     @given(st.binary(min_size=16, max_size=16))
     def test_any_bytes_are_a_command_or_illegal(self, raw: bytes) -> None:
@@ -259,27 +284,68 @@ class TestDeviceTableEntry:
         assert judge(entry(3 | 4 << 9), 0, 0).decision is Decision.TRANSLATE
         assert judge(entry(3 | 5 << 9), 0, 1 << 10).decision is Decision.TRANSLATE
 
-    # Section 2.2.2: fields of bits 127:0 that host tables alone have; everything else is reserved.
+    # Section 2.2.2: fields of bits 127:0 that host tables alone have, and those that each feature adds; everything
+    # else is reserved.
     FIELDS = bits((1, 0), (11, 9), (51, 12), (62, 61)) | bits((79, 64), (105, 96))
+    ADDED = (
+        (GT, bits((60, 55), (95, 80), (127, 107))),
+        (PPR, bits((52, 52))),
+        (GIO, bits((54, 54))),
+        (HA, bits((7, 7))),
+        (EPH, bits((53, 53))),
+        (HD, bits((8, 8))),
+    )
 
-    def test_each_bit_is_a_field_or_reserved(self) -> None:
+    @pytest.mark.parametrize("feature", [0, *(feature for feature, _ in ADDED)])
+    def test_each_bit_is_a_field_or_reserved(self, feature: int) -> None:
+        fields = self.FIELDS | sum(added for each, added in self.ADDED if each == feature)
         for bit in range(128):
-            raw = ((1 << bit | 1).to_bytes(16, "little")) + bytes(16)
-            illegal = judge(raw, 0, EFR).decision is Decision.ILLEGAL_BITS
-            assert illegal == (not self.FIELDS >> bit & 1), bit
+            word = 3 << 7 if bit == 8 and feature == HD else 1 << bit  # dirty bits without accessed ones are reserved
+            raw = ((word | 1).to_bytes(16, "little")) + bytes(16)
+            illegal = judge(raw, 0, feature | (HA if bit == 8 and feature == HD else 0)).decision
+            assert (illegal is Decision.ILLEGAL_BITS) == (not fields >> bit & 1), bit
+        low, high = reserved_bits(feature)
+        assert high << 64 | low == (1 << 128) - 1 & ~fields
 
     def test_interrupt_half_is_not_looked_at(self) -> None:
         raw = struct.pack("<4Q", 3 | READ | WRITE, 0, (1 << 64) - 1, (1 << 64) - 1)
-        assert judge(raw, 0, EFR).decision is Decision.BYPASS
+        assert judge(raw, 0, EFR) == judge(struct.pack("<4Q", 3 | READ | WRITE, 0, 0, 0), 0, EFR)
 
-    def test_a_feature_unreserves_its_bits(self) -> None:
-        guest_translation, ppr, enhanced_ppr, guest_io, accessed = 1 << 4, 1 << 1, 1 << 50, 1 << 48, 1 << 49
-        low, high = reserved_bits(guest_translation | ppr | enhanced_ppr | guest_io | accessed)
-        assert (low, high) == (bits((6, 2), (63, 63)), bits((42, 42)))
-        assert reserved_bits(0) == (
-            bits((8, 2), (60, 52), (63, 63)),
-            bits((31, 16), (63, 42)) & ~bits((42, 42)) | 1 << 42,
-        )
+    @pytest.mark.parametrize("valid", [0, 1])
+    @pytest.mark.parametrize("control", range(4))
+    def test_interrupt_control(self, valid: int, control: int) -> None:
+        raw = struct.pack("<4Q", 3 | READ | WRITE, 0, valid | control << 60, 0)
+        assert judge(raw, 0, EFR).interrupts_blocked == (valid == 1 and control == 0)
+
+    ROOT_OF_GCR3 = 0x000F_EDCB_A987_6000
+
+    @pytest.mark.parametrize("glx", [0, 1, 2])
+    @pytest.mark.parametrize("giov", [False, True])
+    @pytest.mark.parametrize("five", [False, True])
+    def test_guest_tables(self, glx: int, giov: bool, five: bool) -> None:
+        raw = guest_entry(self.ROOT_OF_GCR3, glx=glx, giov=giov, five=five, domain=9)
+        verdict = judge(raw, 0, EFR)
+        assert (verdict.decision, verdict.domain_id) == (Decision.BYPASS, 9)
+        assert verdict.guest == GuestTables(self.ROOT_OF_GCR3, glx + 1, 5 if five else 4, giov)
+        assert judge(raw, 0, EFR, guest_enabled=False).guest is None
+        raw = guest_entry(self.ROOT_OF_GCR3, glx=glx, giov=giov, mode=3, root=self.ROOT)
+        verdict = judge(raw, 0, EFR)
+        assert (verdict.decision, verdict.root, verdict.levels) == (Decision.TRANSLATE, self.ROOT, 3)
+        assert verdict.guest == GuestTables(self.ROOT_OF_GCR3, glx + 1, 4, giov)
+
+    def test_guest_tables_deeper_than_offered(self) -> None:
+        assert judge(guest_entry(0, glx=3), 0, EFR).decision is Decision.ILLEGAL_LEVEL
+        assert judge(guest_entry(0, glx=2), 0, EFR & ~(3 << 14) | 1 << 14).decision is Decision.ILLEGAL_LEVEL
+        assert judge(guest_entry(0, five=True), 0, EFR & ~(3 << 12)).decision is Decision.ILLEGAL_LEVEL
+        for mode in (2, 3):
+            raw = guest_entry(0)[:16] + struct.pack("<QQ", mode << 54, 0)
+            assert judge(raw, 0, EFR).decision is Decision.ILLEGAL_LEVEL
+
+    @pytest.mark.parametrize(("had", "accessed", "dirty"), [(0, False, False), (1, True, False), (3, True, True)])
+    def test_accessed_and_dirty_bits(self, had: int, accessed: bool, dirty: bool) -> None:
+        verdict = judge(entry(3 | had << 7 | 4 << 9), 0, EFR)
+        assert (verdict.accessed, verdict.dirty) == (accessed, dirty)
+        assert judge(entry(3 | 2 << 7 | 4 << 9), 0, EFR).decision is Decision.ILLEGAL_BITS
 
     def test_suppressions(self) -> None:
         verdict = judge(entry(3, 1 << 33), 0, EFR)

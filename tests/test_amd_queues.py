@@ -1,7 +1,6 @@
 """The AMD IOMMU's command buffer and event log, driven as a driver does."""
 
 import struct
-from collections.abc import Iterator
 
 import pytest
 from amd_driver import (
@@ -51,19 +50,6 @@ from guest_ram import PAGE
 from backend.core import Fault, Reason
 from backend.viommu.amd.commands import Opcode
 from backend.viommu.amd.event_log import EventCode
-
-
-@pytest.fixture
-def vm() -> Iterator[Vm]:
-    vm = Vm()
-    yield vm
-    vm.close()
-
-
-@pytest.fixture
-def started(vm: Vm) -> Vm:
-    vm.start()
-    return vm
 
 
 class TestCommands:
@@ -119,7 +105,6 @@ class TestCommands:
             struct.pack("<QQ", 0, 0),
             struct.pack("<QQ", 6 << 60 | ENDPOINT, 0),  # PREFETCH_IOMMU_PAGES: PreFSup is clear
             struct.pack("<QQ", 7 << 60 | ENDPOINT, 0),  # COMPLETE_PPR_REQUEST: PPRSup is clear
-            struct.pack("<QQ", 3 << 60 | 7 << 32 | 5, ALL_PAGES | 7),  # a PASID and GN: GTSup is clear
             struct.pack("<QQ", 15 << 60, 0),
             struct.pack("<QQ", 8 << 60 | 1, 0),
         ],

@@ -1,7 +1,6 @@
 """DMA behind the AMD IOMMU: guest tables in real guest memory, walked by the real engine, and the events of faults."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 from amd_driver import (
@@ -38,19 +37,6 @@ from amd_driver import (
 from guest_ram import PAGE
 
 from backend.core import Access, Fault, Reason
-
-
-@pytest.fixture
-def vm() -> Iterator[Vm]:
-    vm = Vm()
-    yield vm
-    vm.close()
-
-
-@pytest.fixture
-def started(vm: Vm) -> Vm:
-    vm.start()
-    return vm
 
 
 class TestTranslation:

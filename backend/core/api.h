@@ -113,7 +113,7 @@ typedef struct {
 typedef struct {
     uint64_t root;          /* GPA of the root table, or of the directory */
     uint32_t levels;        /* AMD: GLX + 1; RISC-V: 1 PD8, 2 PD17, 3 PD20; Arm: 1 linear, 2; VT-d: 0 or 2 */
-    uint32_t pasid_bits;    /* VT-d: PDTS + 13, but 20 at most, 0: 20; Arm: S1CDMax */
+    uint32_t pasid_bits;    /* VT-d: PDTS + 13, but 20 at most, 0: 20; Arm: S1CDMax; AMD: PASmax + 1, 0: all */
     uint32_t leaf_bits;     /* Arm, 2 levels: log2 of the descriptors in a lower table, 6 (4 KiB) or 10 (64 KiB) */
     uint32_t table_levels;  /* AMD: levels of the guest tables, 4 or 5 (GuestPagingMode), 0: 4 */
     uint32_t output_bits;   /* width of GPAs: VT-d HAW, 0: 52; Arm OAS, 0: 48; AMD, 0: as the format */

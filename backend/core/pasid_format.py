@@ -35,12 +35,14 @@ def _flags(**options: bool) -> int:
 class AmdGcr3(PasidFormat):
     """AMD guest CR3 table of 1 to 3 levels (DTE GLX + 1), over x86-64 tables.
 
-    table_levels: 4 or 5 (DTE GuestPagingMode). Addresses of PASID 0 are not sign-extended. The rest as in X86.
+    table_levels: 4 or 5 (DTE GuestPagingMode). pasid_bits: PASmax + 1; 0: all that the levels resolve. Addresses of
+    PASID 0 are not sign-extended. The rest as in X86.
     """
 
     name: ClassVar[str] = "amd-gcr3"
     levels: int = 1
     table_levels: int = 4
+    pasid_bits: int = 0
     output_bits: int = 52
     gigabyte_leaves: bool = True
     write_protect: bool = True
@@ -48,7 +50,7 @@ class AmdGcr3(PasidFormat):
 
     def fields(self) -> dict[str, int]:
         flags = _flags(NO_1G=not self.gigabyte_leaves, WRITE_ANY=not self.write_protect, SMEP=self.smep)
-        levels = {"levels": self.levels, "table_levels": self.table_levels}
+        levels = {"levels": self.levels, "table_levels": self.table_levels, "pasid_bits": self.pasid_bits}
         return {**levels, "output_bits": self.output_bits, "flags": flags}
 
 

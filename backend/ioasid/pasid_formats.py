@@ -19,7 +19,7 @@ class PasidTableFormat:
     levels: int = 0
     """AMD: GLX + 1; RISC-V: 1 PD8, 2 PD17, 3 PD20."""
     pasid_bits: int = 0
-    """VT-d: PDTS + 13, at most 20; Arm: S1CDMax."""
+    """VT-d: PDTS + 13, at most 20; Arm: S1CDMax; AMD: PASmax + 1, and no more than the levels resolve."""
     leaf: int = 0
     """Arm: bytes of a lower table, 4096 or 65536; 0: the table is linear."""
     table_levels: int = 0
@@ -82,7 +82,7 @@ class PasidTableRule:
         """Bits of a PASID that the table resolves, 20 at most."""
         table = self.table(fmt)
         if isinstance(table, core.AmdGcr3):
-            return min(9 * table.levels, 20)
+            return min(9 * table.levels, 20, table.pasid_bits or 20)
         if isinstance(table, core.RiscVPdt):
             return {1: 8, 2: 17}.get(table.levels, 20)
         assert isinstance(table, core.VtdPasid | core.ArmCd)

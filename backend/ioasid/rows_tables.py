@@ -42,7 +42,7 @@ BIND_PASID_TABLE = Command(
         Field("root", Unit.TABLE, text="GPA of the root table or directory"),
         Field("vendor", Unit.NAME, True, "the format's name, as GET_INFO lists it"),
         Field("levels", Unit.COUNT, True, "AMD GLX + 1; RISC-V PD8, PD17, PD20"),
-        Field("pasid_bits", Unit.COUNT, True, "VT-d PDTS + 13; Arm S1CDMax"),
+        Field("pasid_bits", Unit.COUNT, True, "VT-d PDTS + 13; Arm S1CDMax; AMD PASmax + 1"),
         Field("leaf", Unit.BYTES, True, "Arm: of a lower table; 0: the table is linear"),
         Field("table_levels", Unit.COUNT, True, "AMD: of the page tables found"),
         Field("output_width", Unit.BITS, True, "of the addresses in entries; 0: the usual one"),

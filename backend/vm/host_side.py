@@ -151,13 +151,13 @@ class HostSide:
             return None
         iova = controllers[config.name].admin_queue
         found = self._look_up(config, iova, Access.READ)
-        levels = self._backend.iommu_of(config.rid).stage1_levels(config.rid)
-        if isinstance(found, Fault) or levels is None:
+        stage1 = self._backend.iommu_of(config.rid).stage1(config.rid)
+        if isinstance(found, Fault) or stage1 is None:
             return None
         stage2 = self._backend.context.get_info(self._backend.stage2).format
         return DmaExample(
             config.bdf, "read", COMMAND_BYTES, iova, found.gpa, found.hva,
-            stage1=f"AMD v1, {levels} levels", stage2=f"AMD v1, {stage2.levels if stage2 else 0} levels",
+            stage1=stage1, stage2=f"AMD v1, {stage2.levels if stage2 else 0} levels",
         )  # fmt: skip
 
     def _traffic_checks(self) -> list[Check]:

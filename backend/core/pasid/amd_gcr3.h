@@ -16,10 +16,14 @@
 
 static bool amd_gcr3_prepare(vio_pasid_table *table)
 {
+    uint32_t most = table->levels < 3 ? 9 * table->levels : 20;
+
     if (!table->table_levels)
         table->table_levels = 4;
+    if (!table->pasid_bits || table->pasid_bits > most)
+        table->pasid_bits = most;
     return table->levels >= 1 && table->levels <= 3 && !(table->root & 4095) && !(table->root >> 52) &&
-           (table->table_levels == 4 || table->table_levels == 5) && !table->leaf_bits && !table->pasid_bits;
+           (table->table_levels == 4 || table->table_levels == 5) && !table->leaf_bits;
 }
 
 static int amd_gcr3_find(const vio_pasid_table *table, uint32_t pasid, struct pasid_reader *reader,
@@ -27,7 +31,7 @@ static int amd_gcr3_find(const vio_pasid_table *table, uint32_t pasid, struct pa
 {
     uint64_t at = table->root, entry;
 
-    if (pasid >> 9 * table->levels)
+    if (pasid >> table->pasid_bits)
         return VIO_REASON_ADDRESS_WIDTH;
     for (unsigned level = table->levels; level; level--) {
         int reason = pasid_load(reader, at + (pasid >> 9 * (level - 1) & 511) * 8, 0, level, &entry);

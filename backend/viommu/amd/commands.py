@@ -10,6 +10,7 @@ from backend.viommu.amd.features import Efr
 COMMAND_SIZE = 16
 _PAGE = 0xFFFF_FFFF_FFFF_F000
 _OPERAND = (1 << 60) - 1  # the first half but for the opcode
+_GN = 1 << 2  # bit 66: the command is about guest translations, and has a PASID
 
 
 class Opcode(IntEnum):
@@ -53,12 +54,15 @@ class InvalidatePages:
     domain_id: int
     range: AddressRange
     directories: bool  # PDE: page directory entries too, not leaves alone
+    pasid: int | None = None  # GN: of the guest table of this PASID; None: of the host table
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidateDeviceTlb:
     device_id: int
     range: AddressRange
+    pasid: int | None = None  # GN: of requests with this PASID; None: of those without one
+    at_once: int = 0  # Maxpend: invalidations that the queue of the device takes before it has answered; 0 is all
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +115,14 @@ def _invalidate_device_entry(low: int, _high: int) -> Command:
 
 
 def _invalidate_pages(low: int, high: int) -> Command:
-    return InvalidatePages(low >> 32 & 0xFFFF, address_range(high), directories=bool(high & 2))
+    pasid = low & 0xF_FFFF if high & _GN else None
+    return InvalidatePages(low >> 32 & 0xFFFF, address_range(high), directories=bool(high & 2), pasid=pasid)
 
 
 def _invalidate_device_tlb(low: int, high: int) -> Command:
-    return InvalidateDeviceTlb(low & 0xFFFF, address_range(high))
+    # The PASID stands in three pieces: 7:0 in 55:48, 15:8 in 23:16, 19:16 in 59:56.
+    pasid = low >> 48 & 0xFF | (low >> 16 & 0xFF) << 8 | (low >> 56 & 0xF) << 16
+    return InvalidateDeviceTlb(low & 0xFFFF, address_range(high), pasid if high & _GN else None, low >> 24 & 0xFF)
 
 
 def _invalidate_interrupt_table(low: int, _high: int) -> Command:
@@ -127,21 +134,32 @@ def _invalidate_all(_low: int, _high: int) -> Command:
 
 
 class _Format(NamedTuple):
-    """One command: bits that may be set in each half (opcode aside), the feature it needs, how to read it."""
+    """One command: bits that may be set in each half (opcode aside), the feature it needs, how to read it, and the bits
+    that may be set as well where guest translation is offered."""
 
     opcode: Opcode
     low: int
     high: int
     requires: int
     decode: Callable[[int, int], Command]
+    guest_low: int = 0
+    guest_high: int = 0
 
 
-# PASID, GN and the type of a device-TLB invalidation belong to features that are not offered: they are reserved here.
+# The type of a device-TLB invalidation belongs to a feature that is not offered: it is reserved here.
 _FORMATS = (
     _Format(Opcode.COMPLETION_WAIT, 0x000F_FFFF_FFFF_FFFF, (1 << 64) - 1, 0, _completion_wait),
     _Format(Opcode.INVALIDATE_DEVTAB_ENTRY, 0xFFFF, 0, 0, _invalidate_device_entry),
-    _Format(Opcode.INVALIDATE_IOMMU_PAGES, 0x0000_FFFF_0000_0000, _PAGE | 3, 0, _invalidate_pages),
-    _Format(Opcode.INVALIDATE_IOTLB_PAGES, 0x0000_FFFF_FF00_FFFF, _PAGE | 1, 0, _invalidate_device_tlb),
+    _Format(Opcode.INVALIDATE_IOMMU_PAGES, 0x0000_FFFF_0000_0000, _PAGE | 3, 0, _invalidate_pages, 0x000F_FFFF, _GN),
+    _Format(
+        Opcode.INVALIDATE_IOTLB_PAGES,
+        0x0000_FFFF_FF00_FFFF,
+        _PAGE | 1,
+        0,
+        _invalidate_device_tlb,
+        0x0FFF_0000_00FF_0000,
+        _GN,
+    ),
     _Format(Opcode.INVALIDATE_INTERRUPT_TABLE, 0xFFFF, 0, 0, _invalidate_interrupt_table),
     _Format(Opcode.INVALIDATE_IOMMU_ALL, 0, 0, int(Efr.INVALIDATE_ALL), _invalidate_all),
 )
@@ -159,7 +177,9 @@ def decode(raw: bytes, efr: int) -> tuple[Opcode, Command]:
     opcode = form.opcode
     if form.requires and not efr & form.requires:
         raise IllegalCommand(f"{opcode.name} needs {Efr(form.requires)!r}, which EFR {efr:#x} does not offer")
-    reserved_low, reserved_high = low & ~form.low & _OPERAND, high & ~form.high
+    guest = bool(efr & Efr.GUEST_TRANSLATION)
+    reserved_low = low & ~(form.low | form.guest_low * guest) & _OPERAND
+    reserved_high = high & ~(form.high | form.guest_high * guest)
     if reserved_low or reserved_high:
         raise IllegalCommand(f"{opcode.name} with reserved bits {reserved_low:#x}, {reserved_high:#x} set")
     return opcode, form.decode(low, high)

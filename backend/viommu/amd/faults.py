@@ -1,6 +1,6 @@
 """From what became of an endpoint's request to the event that tells the guest."""
 
-from backend.core import Fault, Reason
+from backend.core import Access, Fault, Reason
 from backend.viommu.amd.device_table import Decision, Verdict
 from backend.viommu.amd.event_log import EventCode, EventFlag, direction, event
 
@@ -27,6 +27,15 @@ _REFUSALS = {
 }
 
 
+# Flags of the request itself that each of these events has (their figures in sections 2.5.2 to 2.5.5).
+_REQUEST_FLAGS = {
+    EventCode.ILLEGAL_DEV_TABLE_ENTRY: EventFlag.GN | EventFlag.RW,
+    EventCode.IO_PAGE_FAULT: EventFlag.GN | EventFlag.NX | EventFlag.US | EventFlag.RW,
+    EventCode.DEV_TAB_HARDWARE_ERROR: EventFlag.RW,
+    EventCode.PAGE_TAB_HARDWARE_ERROR: EventFlag.GN | EventFlag.RW,
+}
+
+
 def hardware_error(fault: Fault | None) -> int:
     """The Type of a hardware error: nothing answers at the address, or the memory there was taken away."""
     gone = fault is not None and fault.reason is Reason.MEMORY_GONE
@@ -35,40 +44,59 @@ def hardware_error(fault: Fault | None) -> int:
 
 def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
     """The event of a faulted request, 16 bytes; None if the IOMMU let it through and it ended where no memory is."""
-    rw = direction(fault.access)
-    if fault.pasid is not None:
-        # Requests with a PASID need guest translation, which no entry here can have.
-        flags = EventFlag.GN | rw
-        return event(EventCode.IO_PAGE_FAULT, device_id=fault.rid, tag=fault.pasid, flags=flags, address=fault.iova)
     if fault.reason is Reason.NO_ROUTE:
-        return _refusal(fault, verdict, rw)
+        return _refusal(fault, verdict)
     if fault.stage == 2 and not fault.table:
         return None  # stage 2 is what surrounds the IOMMU: nothing answers there, and the device alone learns of it
-    if fault.table:  # no memory answers where an entry of the guest's table would lie, or it was taken away
+    tag, flags = _whose(fault, verdict)
+    if fault.table:  # no memory answers where an entry of a table of the guest's would lie, or it was taken away
         return event(
             EventCode.PAGE_TAB_HARDWARE_ERROR,
             device_id=fault.rid,
-            tag=verdict.domain_id,
-            flags=hardware_error(fault) | rw,
+            tag=tag,
+            flags=hardware_error(fault) | flags & (EventFlag.GN | EventFlag.RW),
             address=fault.gpa or 0,
         )
     if fault.stage == 0 and fault.reason is Reason.MISALIGNED:
         return None  # the device asked for what no bus carries
-    flags = _PAGE_FAULT_FLAGS.get(fault.reason, 0) | rw
-    return event(EventCode.IO_PAGE_FAULT, device_id=fault.rid, tag=verdict.domain_id, flags=flags, address=fault.iova)
+    flags |= _PAGE_FAULT_FLAGS.get(fault.reason, 0)
+    return event(EventCode.IO_PAGE_FAULT, device_id=fault.rid, tag=tag, flags=flags, address=fault.iova)
 
 
-def _refusal(fault: Fault, verdict: Verdict, rw: int) -> bytes | None:
-    if verdict.decision not in _REFUSALS:
-        return None  # its entry lets it through, and yet it has no route: nothing the guest did
+def _whose(fault: Fault, verdict: Verdict) -> tuple[int, int]:
+    """PASID or domain ID of an event, and the flags that tell which, with those that tell the request.
+
+    A request without a PASID that goes through the table of PASID 0 (GIoV) has that PASID.
+    """
+    rw = direction(fault.access)
+    pasid = fault.pasid
+    if pasid is None and verdict.guest is not None and verdict.guest.untagged:
+        pasid = 0
+    if pasid is None:
+        return verdict.domain_id, rw
+    flags = EventFlag.GN | rw
+    flags |= 0 if fault.access & Access.PRIVILEGED else EventFlag.US
+    flags |= EventFlag.NX if fault.access & Access.EXECUTE else 0
+    return pasid, flags
+
+
+def _refusal(fault: Fault, verdict: Verdict) -> bytes | None:
+    tag, request = _whose(fault, verdict)
+    if verdict.routed:
+        if fault.pasid is None or verdict.guest is not None:
+            return None  # its entry lets it through, and yet it has no route: nothing the guest did
+        # A PASID, and no guest translation (GV clear): there is no page for it.
+        return event(EventCode.IO_PAGE_FAULT, device_id=fault.rid, tag=tag, flags=request, address=fault.iova)
     code, flags = _REFUSALS[verdict.decision]
     address = fault.iova
-    tag = verdict.domain_id
     if code is EventCode.DEV_TAB_HARDWARE_ERROR:
         address = verdict.address
         flags |= hardware_error(verdict.fault)
     elif code is EventCode.PAGE_TAB_HARDWARE_ERROR:
-        address = verdict.root
-    if code in (EventCode.DEV_TAB_HARDWARE_ERROR, EventCode.ILLEGAL_DEV_TABLE_ENTRY):
-        tag = 0  # these two carry no domain
-    return event(code, device_id=fault.rid, tag=tag, flags=flags | rw, address=address)
+        address = verdict.guest.root if verdict.guest is not None else verdict.root
+    if code is EventCode.DEV_TAB_HARDWARE_ERROR or (
+        code is EventCode.ILLEGAL_DEV_TABLE_ENTRY and not request & EventFlag.GN
+    ):
+        tag = 0  # these carry no domain, and the former no PASID
+    request &= _REQUEST_FLAGS[code]
+    return event(code, device_id=fault.rid, tag=tag, flags=flags | request, address=address)

@@ -18,6 +18,7 @@ class Efr(IntFlag):
     GUEST_TRANSLATION = 1 << 4
     INVALIDATE_ALL = 1 << 6
     GUEST_APIC = 1 << 7
+    USER_SUPERVISOR = 1 << 37
     GUEST_IO = 1 << 48
     HOST_ACCESSED = 1 << 49
     ENHANCED_PPR = 1 << 50
@@ -36,27 +37,57 @@ class EfrField:
     reason: str
 
 
+PASID_BITS = 16
+"""Of a PASID: Linux takes no more (it stops at boot where PASmax is larger), and PCI Express has 20."""
+
 EFR_FIELDS = (
     EfrField("PreFSup", 0, 1, 0, "a prefetch would have to ask the engine for a walk, which no command of it does"),
     EfrField("PPRSup", 1, 1, 0, "no page-request log"),
     EfrField("XTSup", 2, 1, 0, "interrupts do not pass through this IOMMU: QEMU delivers them"),
-    EfrField("NXSup", 3, 1, 0, "belongs to guest page tables"),
-    EfrField("GTSup", 4, 1, 0, "host (v1) page tables only"),
+    EfrField("NXSup", 3, 1, 1, "bit 63 of a guest table's entries forbids requests that execute"),
+    EfrField("GTSup", 4, 1, 1, "guest (v2) tables, found through a GCR3 table for each PASID"),
+    EfrField("GAPPISup", 5, 1, 0, "interrupts do not pass through this IOMMU"),
     EfrField("IASup", 6, 1, 1, "INVALIDATE_IOMMU_ALL; without it Linux sends one command a device and domain at start"),
-    EfrField("GASup", 7, 1, 0, "no interrupt remapping, so no 128-bit remapping entries"),
+    EfrField(
+        "GASup",
+        7,
+        1,
+        1,
+        "remapping entries of 128 bits, chosen by GAEn: no interrupt passes here, so none is ever read, and GAMSup "
+        "offers no guest APIC; Linux reads the IVHD's features, and so offers v2 tables, only where this is set",
+    ),
     EfrField("HESup", 8, 1, 0, "hardware errors go to the event log alone"),
     EfrField("PCSup", 9, 1, 0, "no performance counters; they would also need a BAR of 512 KiB"),
     EfrField("HATS", 10, 2, 2, "host tables of up to six levels: DTE modes 1 to 6"),
-    EfrField("GATS", 12, 2, 0, "belongs to guest page tables"),
-    EfrField("GLXSup", 14, 2, 0, "belongs to guest page tables"),
-    EfrField("PASmax", 32, 5, 0, "belongs to guest page tables"),
+    EfrField("GATS", 12, 2, 1, "guest tables of four and five levels"),
+    EfrField("GLXSup", 14, 2, 2, "GCR3 tables of one to three levels"),
+    EfrField("SmiFSup", 16, 2, 0, "no system management interrupts pass here"),
+    EfrField("SmiFRC", 18, 3, 0, "belongs to the filter of system management interrupts"),
+    EfrField("GAMSup", 21, 3, 0, "no guest APIC: interrupts do not pass through this IOMMU"),
+    EfrField("DualPprLogSup", 24, 2, 0, "one page-request log: software that lags behind is told of its overflow"),
+    EfrField("DualEventLogSup", 28, 2, 0, "one event log"),
+    EfrField("SATSSup", 31, 1, 0, "translation requests are answered by addresses of the guest's memory, in the clear"),
+    EfrField("PASmax", 32, 5, PASID_BITS - 1, "PASIDs of 16 bits, all that Linux takes"),
+    EfrField("USSup", 37, 1, 1, "the user bit of a guest table's entries keeps unprivileged requests out"),
     EfrField("DevTblSegSup", 38, 2, 0, "one segment: the whole table of 65,536 entries is 2 MiB"),
+    EfrField("PprOvrflwEarlySup", 40, 1, 0, "the overflow itself is told; no warning before it"),
+    EfrField(
+        "PPRAutoRspSup", 41, 1, 0, "what finds the log full is discarded; the device is answered when its wait ends"
+    ),
+    EfrField("MarcSup", 42, 2, 0, "no address routing: memory is the VM's alone"),
+    EfrField("BlkStopMrkSup", 44, 1, 0, "no stop markers arrive: a function cancels by itself"),
+    EfrField("PerfOptSup", 45, 1, 0, "nothing to choose from"),
     EfrField("MsiCapMmioSup", 46, 1, 0, "the MSI capability is reached through configuration space"),
-    EfrField("GIoSup", 48, 1, 0, "belongs to guest page tables"),
-    EfrField("HASup", 49, 1, 0, "accessed bits of host tables are left alone"),
+    EfrField("GIoSup", 48, 1, 1, "requests without a PASID through the table of PASID 0 (DTE.GIoV)"),
+    EfrField("HASup", 49, 1, 1, "accessed bits of host tables, as DTE.HAD asks"),
     EfrField("EPHSup", 50, 1, 0, "belongs to page requests"),
-    EfrField("HDSup", 52, 1, 0, "dirty bits of host tables are left alone"),
-    EfrField("InvIotlbTypeSup", 54, 1, 0, "belongs to device TLBs"),
+    EfrField("AttrFWSup", 51, 1, 0, "requests have no attributes here"),
+    EfrField("HDSup", 52, 1, 1, "dirty bits of host tables, as DTE.HAD asks"),
+    EfrField("InvIotlbTypeSup", 54, 1, 0, "an invalidation of a device TLB has one type: its pages"),
+    EfrField("vIommuSup", 55, 1, 0, "no IOMMU for guests of the guest"),
+    EfrField("GAUpdateDisSup", 61, 1, 0, "walks of guest tables always set accessed and dirty bits"),
+    EfrField("ForcePhyDestSup", 62, 1, 0, "interrupts do not pass through this IOMMU"),
+    EfrField("SNPSup", 63, 1, 0, "no memory is owned page by page"),
 )
 EFR = sum(field.value << field.shift for field in EFR_FIELDS)
 EFR2 = 0  # Extended Feature Register 2 (MMIO 0x1A0): none of its features
@@ -65,6 +96,21 @@ EFR2 = 0  # Extended Feature Register 2 (MMIO 0x1A0): none of its features
 def host_levels(efr: int) -> int:
     """Levels that a host page table may have (EFR.HATS: 0 is four, 1 is five, 2 is six; 3 is reserved)."""
     return 4 + (efr >> 10 & 3)
+
+
+def guest_levels(efr: int) -> int:
+    """Levels that a guest page table may have (EFR.GATS: 0 is four, 1 is five; the rest is reserved)."""
+    return 4 + (efr >> 12 & 3)
+
+
+def gcr3_levels(efr: int) -> int:
+    """Levels that a GCR3 table may have (EFR.GLXSup: 0 is one, 1 is two, 2 is three; 3 is reserved)."""
+    return 1 + (efr >> 14 & 3)
+
+
+def pasid_bits(efr: int) -> int:
+    """Width of the PASIDs that requests may carry (EFR.PASmax, less one)."""
+    return 1 + (efr >> 32 & 0x1F)
 
 
 # Sizes of addresses, in MiscInfo 0 of the capability block and again in the IVinfo of the IVRS table (section 5.2.1)

@@ -27,7 +27,7 @@ from backend.viommu.amd.commands import (
     decode,
 )
 from backend.viommu.amd.device_table import EVERYTHING, Decision, DeviceTable, Verdict
-from backend.viommu.amd.domains import DomainKey, Domains
+from backend.viommu.amd.domains import Domains
 from backend.viommu.amd.event_log import EventCode, EventLog, EventNotWritten, code_of, event
 from backend.viommu.amd.faults import hardware_error, request_event
 from backend.viommu.amd.registers import (
@@ -124,35 +124,39 @@ class AmdIommu(PciFunction):
         """GPA and bytes of the guest's event log: the one part of memory that a refused request changes."""
         return ring_address(self.registers[EVENT_BASE]), ring_size(self.registers[EVENT_BASE])
 
-    def stage1_levels(self, rid: int) -> int | None:
-        """Levels of the page table that the guest gave this endpoint; None where it has none."""
+    def stage1(self, rid: int) -> str | None:
+        """The tables that the guest gave this endpoint for requests without a PASID, in words; None: it gave none."""
         verdict = self.device_table.look_up(rid, self.registers[DEVICE_TABLE_BASE])
-        return verdict.levels if verdict.decision is Decision.TRANSLATE else None
+        stages = []
+        if verdict.guest is not None and verdict.guest.untagged:
+            stages.append(f"x86, {verdict.guest.table_levels} levels")
+        if verdict.decision is Decision.TRANSLATE:
+            stages.append(f"AMD v1, {verdict.levels} levels")
+        return ", over ".join(stages) or None
 
     def reset(self, kind: ResetKind) -> None:
         """Off, every request bypasses, nothing is cached. Counts stay: they are the host's."""
         if self.enabled and self.on_disable is not None:
             self.on_disable()
         super().reset(kind)
+        self.device_table.guest_enabled = False
         self._forget_all()
         self._interrupting = 0
 
     # What the engine asks and tells
 
     def route(self, rid: int, pasid: int | None = None) -> bool:
-        """Attach an endpoint that has no route, as its device table entry says. False: its requests are refused.
-
-        A PASID belongs to guest page tables, which are not offered: refused as well.
-        """
-        if rid not in self.endpoints or pasid is not None:
+        """Attach an endpoint that has no route, as its device table entry says. False: its requests are refused."""
+        if rid not in self.endpoints:
             return False
         if not self.enabled:
-            return self._attach(rid, Verdict(Decision.BYPASS, 0, EVERYTHING))
+            return pasid is None and self._attach(rid, Verdict(Decision.BYPASS, 0, EVERYTHING))
         verdict = self.device_table.look_up(rid, self.registers[DEVICE_TABLE_BASE])
-        if verdict.decision in (Decision.BYPASS, Decision.TRANSLATE):
-            if self._attach(rid, verdict):
-                return True
-            self.device_table.refuse(rid)
+        if not verdict.routed or (pasid is not None and verdict.guest is None):
+            return False
+        if self._attach(rid, verdict):
+            return True
+        self.device_table.refuse(rid)
         return False
 
     def on_fault(self, fault: Fault) -> None:
@@ -171,11 +175,7 @@ class AmdIommu(PciFunction):
 
     def _attach(self, rid: int, verdict: Verdict) -> bool:
         try:
-            if verdict.decision is Decision.BYPASS:
-                self.domains.bypass(rid, verdict.access)
-            else:
-                key = DomainKey(verdict.domain_id, verdict.root, verdict.levels)
-                self.domains.translate(rid, key, verdict.access)
+            self.domains.route(rid, verdict)
         except IoasidError as error:
             log.warning("%s: no route for RID %#06x: %s", self.name, rid, error)
             return False
@@ -223,7 +223,8 @@ class AmdIommu(PciFunction):
         turned = (new ^ old) & Control.IOMMU_EN
         if turned and not new & Control.IOMMU_EN and self.on_disable is not None:
             self.on_disable()
-        if turned:
+        if (new ^ old) & (Control.IOMMU_EN | Control.GT_EN):
+            self.device_table.guest_enabled = bool(new & Control.GT_EN)
             self._forget_all()
         if turned and new & Control.IOMMU_EN:
             self.enables += 1
@@ -293,8 +294,10 @@ class AmdIommu(PciFunction):
                 self._complete(command)
             case InvalidateDeviceEntry():
                 self._forget(command.device_id)
-            case InvalidatePages():
+            case InvalidatePages(pasid=None):
                 self.domains.invalidate(command.domain_id, command.range)
+            case InvalidatePages(pasid=int(pasid)):
+                self.domains.invalidate_guest(command.domain_id, pasid, command.range)
             case InvalidateAll():
                 self._forget_all()
             case InvalidateDeviceTlb() | InvalidateInterruptTable():

@@ -23,6 +23,7 @@ class Control:
     EVENT_INT_EN = 1 << 3
     COM_WAIT_INT_EN = 1 << 4
     CMD_BUF_EN = 1 << 12
+    GT_EN = 1 << 16
 
 
 _ACTING = Control.IOMMU_EN | Control.EVENT_LOG_EN | Control.EVENT_INT_EN | Control.COM_WAIT_INT_EN | Control.CMD_BUF_EN
