@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from guest_ram import PAGE, table_entry
 from ioasid_guest import DEV1, DEV2, GOLDEN, Guest, gcr3_table, refused, x86_tables
 
 from backend.core import Access, Fault, Reason, Translation
-from backend.ioasid import Cache, Granularity, Invalidated, Invalidation, Kind, PasidTableFormat, PgtableFormat
+from backend.ioasid import (
+    Cache,
+    DeviceTlb,
+    Granularity,
+    Invalidated,
+    Invalidation,
+    Kind,
+    PasidTableFormat,
+    PgtableFormat,
+)
 
 Told = tuple[int, int | None, int, int | None]
 
@@ -159,11 +168,16 @@ class Tlb:
 
     def __init__(self, guest: Guest) -> None:
         self.told: list[Told] = []
+        self.waiting: list[Callable[[], None]] = []
         for device in (guest.dev1, guest.dev2):
             guest.engine.set_tlb(device, self._of(device.rid))
 
-    def _of(self, rid: int):  # type: ignore[no-untyped-def]
-        return lambda pasid, iova, size: self.told.append((rid, pasid, iova, size))
+    def _of(self, rid: int) -> DeviceTlb:
+        def tlb(pasid: int | None, iova: int, size: int | None, done: Callable[[], None]) -> None:
+            self.told.append((rid, pasid, iova, size))
+            self.waiting.append(done)
+
+        return tlb
 
     def take(self) -> set[Told]:
         told, self.told = set(self.told), []
@@ -195,6 +209,33 @@ def test_devices_are_told(guest: Guest) -> None:
     guest.engine.set_tlb(guest.dev1, None)
     ctx.detach(DEV1, vpasid=5)
     assert tlb.take() == set()
+
+
+def test_who_invalidates_hears_when_all_devices_have_answered(guest: Guest) -> None:
+    ctx, tlb, heard = guest.ctx, Tlb(guest), list[str]()
+    ctx.bind_pgtable(2, 0x8000, PgtableFormat())
+    ctx.attach(DEV1, 2, vpasid=5)
+    tlb.waiting.clear()
+    ctx.invalidate_cache(2, answered=lambda: heard.append("both"))
+    first, second = tlb.waiting
+    first()
+    first()
+    assert heard == [], "one of them answered twice"
+    second()
+    assert heard == ["both"]
+    second()
+    assert heard == ["both"]
+    ctx.invalidate_cache(2, caches=["iotlb"], answered=lambda: heard.append("nobody to ask"))
+    assert heard.pop() == "nobody to ask"
+    entries = [Invalidation(rid=DEV1), Invalidation(rid=DEV2), Invalidation("range"), Invalidation()]
+    tlb.waiting.clear()
+    assert ctx.invalidate_cache(2, entries=entries, answered=lambda: heard.append("array")).done == 2
+    assert len(tlb.waiting) == 2 and heard == ["both"]
+    for done in tlb.waiting:
+        done()
+    assert heard == ["both", "array"]
+    assert refused(lambda: ctx.invalidate_cache(1, answered=lambda: heard.append("refused"))) == errno.EINVAL
+    assert heard == ["both", "array"]
 
 
 def test_devices_are_told_when_the_vms_memory_goes(guest: Guest) -> None:

@@ -21,6 +21,9 @@ METHODS = {
 }
 """Commands whose method of Context is not called after them: a method needs no word to say whose it is."""
 
+OF_PYTHON = frozenset({"answered"})
+"""Parameters that are no fields: what a process calls back has no place in a message."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -98,6 +101,8 @@ def bind(command: Command) -> Bound:
     records: dict[str, type] = {}
     names = {each.name for each in command.fields}
     for argument in list(signature.values())[1:]:
+        if argument.name in OF_PYTHON:
+            continue
         hint = hints[argument.name]
         if argument.name in names:
             required = argument.default is inspect.Parameter.empty

@@ -3,11 +3,14 @@
 from backend.core.answers import (
     RW,
     Access,
+    AddressType,
+    AtsReply,
     Counters,
     Fault,
     Reason,
     RouteCounters,
     SpaceCounters,
+    Translated,
     Translation,
     Translations,
 )
@@ -28,7 +31,7 @@ from backend.core.errors import (
     UntrackedError,
 )
 from backend.core.memory import PlainMemory
-from backend.core.native import ANY_PASID
+from backend.core.native import ANY_PASID, TRANSLATED
 from backend.core.pasid_format import AmdGcr3, ArmCd, PasidFormat, RiscVPdt, VtdPasid
 from backend.core.path import Path, Step
 from backend.core.process import FOREIGN, HostProcess
@@ -53,14 +56,17 @@ __all__ = [
     "ANY_PASID",
     "FOREIGN",
     "RW",
+    "TRANSLATED",
     "X86",
     "Access",
+    "AddressType",
     "AmdGcr3",
     "AmdV1",
     "ArmCd",
     "ArmStage1",
     "ArmStage2",
     "ArmTree",
+    "AtsReply",
     "BadValueError",
     "BufferGoneError",
     "BusyError",
@@ -91,6 +97,7 @@ __all__ = [
     "Step",
     "TableBuilder",
     "TableFormat",
+    "Translated",
     "Translation",
     "Translations",
     "UnknownIdError",

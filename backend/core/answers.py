@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 from backend.core._native import lib
 
@@ -19,6 +20,15 @@ class Access(IntFlag):
 
 
 RW = Access.READ | Access.WRITE
+
+
+class AddressType(IntEnum):
+    """What the address of a request is: the AT field of PCI Express (Base Specification 5.0, 10.2.1)."""
+
+    UNTRANSLATED = 0
+    TRANSLATION_REQUEST = lib.VIO_AT_REQUEST
+    """Untranslated, and the request asks for no more than its translation."""
+    TRANSLATED = lib.VIO_AT_TRANSLATED
 
 
 class Reason(IntEnum):
@@ -60,6 +70,10 @@ class Reason(IntEnum):
         "Memory of another process serves neither AtomicOps nor walks of tables that lie in it.",
     )
     PASID_OFF = lib.VIO_REASON_PASID_OFF, "The function may not send this PASID; said by the layers above."
+    ATS_OFF = (
+        lib.VIO_REASON_ATS_OFF,
+        "The route serves neither translation requests nor requests with translated addresses (ATS).",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +102,8 @@ class Fault:
     """It befell an entry of a PASID table: level (1: what describes an address space), gpa and entry are of that."""
     table: bool = False
     """It befell a table entry of stage 1 (its memory gone, or stage 2 not leading to it), and not the data."""
+    type: AddressType = AddressType.UNTRANSLATED
+    """What iova is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +142,27 @@ class Translations:
 
     def __len__(self) -> int:
         return len(self.reason)
+
+
+class Translated(NamedTuple):
+    """What a device may keep of a translation request's answer: [iova, iova + size) lies at `address`."""
+
+    iova: int
+    size: int
+    """Bytes, whole pages of 4 KiB; as many as are known, which may be more than were asked for."""
+    address: int
+    """For translated requests: an address of the host-managed space underneath, in a VM a GPA."""
+    access: Access
+    """What it may serve: writes only where the dirty bit is set or there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class AtsReply:
+    """The answer to a translation request: the pages in order, without gaps, from the first one on."""
+
+    translations: tuple[Translated, ...]
+    fault: Fault | None
+    """Why they end before the range does, at its iova; None: they do not, or there are too many for one answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@
 #define VIO_WRITE 2
 #define VIO_EXECUTE 4
 #define VIO_PRIVILEGED 8 /* of a request: with supervisor privilege */
+#define VIO_ATS 16 /* of a route: it serves translation requests, too */
 
 /* of an address: it is one of another process's; no address of a process has this bit */
 #define VIO_FOREIGN 0x800000000000
@@ -16,6 +17,8 @@
 #define VIO_NO_PASID 0xffffffff
 /* pasid of a route that takes the requests of all PASIDs that have no route of their own */
 #define VIO_ANY_PASID 0xfffffffe
+/* ditto of a request that was translated before (ATS), and of its route: they have no PASID of their own */
+#define VIO_TRANSLATED 0xfffffffd
 
 /* Bounds, each with its reason where it is enforced (space.c, route.c, pool.c, iotlb.c, pasid.c). */
 #define VIO_MAX_SPACES 1048576
@@ -44,6 +47,7 @@ enum vio_reason {
     VIO_REASON_DIRTY,          /* dirty bit clear at a write, and hardware is not to set it */
     VIO_REASON_UNSUPPORTED,    /* another process's memory: it takes no AtomicOps, and tables there are not walked */
     VIO_REASON_PASID_OFF,      /* said by the layers above: the function may not send this PASID */
+    VIO_REASON_ATS_OFF,        /* the route serves neither translation requests nor what they translated */
 };
 
 /* Status of every call: 0 done, 1 answered by a fault (vio_last_fault), negative: misuse by the caller. */
@@ -123,6 +127,9 @@ typedef struct {
 
 typedef struct vio_engine vio_engine;
 
+#define VIO_AT_REQUEST 1    /* a translation request */
+#define VIO_AT_TRANSLATED 2
+
 typedef struct {
     uint64_t iova;    /* where the request stood when it failed */
     uint64_t gpa;     /* valid if has_gpa */
@@ -138,6 +145,7 @@ typedef struct {
     uint8_t has_gpa;
     uint8_t pasid_table; /* at an entry of a PASID table */
     uint8_t table;    /* stage 2 (or memory gone): at an entry of a stage-1 table, not at the data */
+    uint8_t type;     /* of the request's address, PCI Express's AT: 0, or VIO_AT_* */
 } vio_fault;
 
 typedef struct {
@@ -245,7 +253,7 @@ int vio_dirty_pass(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t 
 int vio_dirty_read(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t page_lg2, int clear,
                    uint8_t *bitmap);
 
-/* route.c */
+/* route.c; access: of VIO_READ, VIO_WRITE and VIO_ATS */
 int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t ioasid, uint32_t access);
 int vio_route_block(vio_engine *engine, uint32_t rid, uint32_t pasid);
 int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid);
@@ -268,6 +276,19 @@ int vio_load(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, ui
 /* atomic.c: operand, compare and before are of 128 bits, low half first. */
 int vio_atomic(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, int operation, uint32_t width,
                const uint64_t *operand, const uint64_t *compare, uint64_t *before);
+
+/* What a translation request gives: [iova, iova + size) lies at `address`, for translated requests; size 0: 2^64. */
+typedef struct {
+    uint64_t iova, size, address;
+    uint32_t access; /* that a cached entry may serve: writes only if there is no dirty bit left to set */
+} vio_translated;
+
+/*
+ * ats.c: a translation request for the pages of [iova, iova + length): as many as `room` leaves into out[], neighbours
+ * made one; how many in *count. VIO_FAULT: where they end, nothing of `access` is to be had, vio_last_fault telling why.
+ */
+int vio_ats(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t length, uint32_t access,
+            vio_translated *out, uint64_t room, uint64_t *count);
 
 /*
  * batch.c: one answer an IOVA, in columns as long as there are IOVAs. reasons[i] is 0 and what a translation has holds,

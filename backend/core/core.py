@@ -268,15 +268,17 @@ class Core(Requests):
 
     # Routes
 
-    def attach(self, rid: int, pasid: int | None, ioasid: int, *, access: Access = RW) -> None:
+    def attach(self, rid: int, pasid: int | None, ioasid: int, *, access: Access = RW, ats: bool = False) -> None:
         """Lead requests of (rid, pasid) to a space; `access` bounds what they may do (AMD: DTE IR, IW).
 
-        ANY_PASID leads the requests with a PASID for which there is no route of its own. Replaces where they led
-        before. Raises: UnknownIdError, BadValueError, LimitError (2^16 routes).
+        ANY_PASID leads the requests with a PASID for which there is no route of its own; TRANSLATED those whose
+        addresses are translated already, which is for the space to say whose `ats` answers they are. `ats`: translation
+        requests are answered, too (AMD: DTE I). Replaces where they led before.
+
+        Raises: UnknownIdError, BadValueError, LimitError (2^16 routes), KindError (`ats`, of a process's space).
         """
-        _check(
-            lib.vio_route_attach(self._engine, _small(rid), _route_pasid(pasid), _id(ioasid), _small(access)), ioasid
-        )
+        rights = _small(access) | (lib.VIO_ATS if ats else 0)
+        _check(lib.vio_route_attach(self._engine, _small(rid), _route_pasid(pasid), _id(ioasid), rights), ioasid)
 
     def block(self, rid: int, pasid: int | None) -> None:
         """Answer requests of (rid, pasid) by a BLOCKED fault, until attach or detach. Raises: LimitError."""

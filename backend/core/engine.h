@@ -72,10 +72,17 @@ struct route {
     uint64_t key;
     struct space *space; /* NULL: detached, or blocked */
     unsigned access;
+    bool ats; /* serves translation requests */
     bool blocked;
     struct route *older, *newer; /* among the detached, kept for their counters, or among the live ones of its RID */
     vio_route_counters counters;
 };
+
+/* Does it say anything? NULL: there is none. */
+static inline bool route_live(const struct route *route)
+{
+    return route && (route->space || route->blocked);
+}
 
 struct route_list {
     struct route *oldest, *newest;

@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from backend.core._native import ffi, lib
-from backend.core.answers import Access, Fault, Reason, Translation
+from backend.core.answers import Access, AddressType, Fault, Reason, Translation
 from backend.core.errors import ERRORS, BadValueError, CoreError, UnknownIdError
 from backend.core.path import Path, Step
 
 NO_PASID: int = lib.VIO_NO_PASID
 ANY_PASID: int = lib.VIO_ANY_PASID
 """In place of a PASID where requests are led: all those of a device that have no route of their own."""
+
+
+class _Translated(int):
+    """No number that a guest could name is one of these."""
+
+
+TRANSLATED = _Translated(lib.VIO_TRANSLATED)
+"""In place of the PASID of requests that carry translated addresses (ATS), and of where they are led."""
 LAST_ADDRESS = (1 << 64) - 1
 MAX_IOASID = (1 << 32) - 1
 PAGE = 4096
@@ -35,7 +43,7 @@ def fault_record(fault: Any) -> Fault:
     """Return a vio_fault as Python sees it."""
     return Fault(
         rid=fault.rid,
-        pasid=None if fault.pasid == NO_PASID else fault.pasid,
+        pasid=None if fault.pasid in (NO_PASID, TRANSLATED) else fault.pasid,
         ioasid=fault.ioasid,
         iova=fault.iova,
         access=Access(fault.access),
@@ -47,6 +55,7 @@ def fault_record(fault: Any) -> Fault:
         done=fault.done,
         pasid_table=bool(fault.pasid_table),
         table=bool(fault.table),
+        type=AddressType(fault.type),
     )
 
 
@@ -101,7 +110,7 @@ def beyond(rid: int, pasid: int | None, iova: int, access: Access) -> Fault:
         raise BadValueError("a request's numbers must fit their fields: RID 16 bits, addresses, sizes and values 64")
     return Fault(
         rid=rid,
-        pasid=pasid,
+        pasid=None if pasid is TRANSLATED else pasid,
         ioasid=0,
         iova=iova,
         access=access,
@@ -111,6 +120,7 @@ def beyond(rid: int, pasid: int | None, iova: int, access: Access) -> Fault:
         entry=0,
         reason=Reason.ADDRESS_WIDTH,
         done=0,
+        type=AddressType.TRANSLATED if pasid is TRANSLATED else AddressType.UNTRANSLATED,
     )
 
 
@@ -134,7 +144,9 @@ def small(value: int) -> int:
 
 
 def pasid_of(pasid: int | None) -> int:
-    return NO_PASID if pasid is None else number(pasid, (1 << 20) - 1, "pasid")
+    if pasid is None:
+        return NO_PASID
+    return pasid if pasid is TRANSLATED else number(pasid, (1 << 20) - 1, "pasid")
 
 
 def route_pasid(pasid: int | None) -> int:

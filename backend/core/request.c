@@ -56,28 +56,42 @@ static struct route *route_of(const struct vio_engine *engine, const struct requ
 {
     struct route *route = index_find(&engine->routes, route_key(request->rid, request->pasid));
 
-    if ((!route || (!route->space && !route->blocked)) && request->pasid != VIO_NO_PASID)
+    if (!route_live(route) && request->pasid != VIO_NO_PASID && request->pasid != VIO_TRANSLATED)
         return index_find(&engine->routes, route_key(request->rid, VIO_ANY_PASID));
     return route;
+}
+
+/* Without a route: somebody may be asked for one, or has said already that there is none for translated requests. */
+static int no_route(const struct vio_engine *engine, const struct request *request)
+{
+    return request->pasid == VIO_TRANSLATED &&
+                   route_live(index_find(&engine->routes, route_key(request->rid, VIO_NO_PASID)))
+               ? VIO_REASON_ATS_OFF
+               : VIO_REASON_NO_ROUTE;
 }
 
 int request_route(struct vio_engine *engine, struct request *request)
 {
     struct route *route = route_of(engine, request);
+    unsigned need = request->need & PT_RWX;
 
     request->route = route;
     request->space = NULL;
-    if (!route || (!route->space && !route->blocked))
-        return VIO_REASON_NO_ROUTE;
+    if (!route_live(route))
+        return no_route(engine, request);
     if (!route->space)
         return VIO_REASON_BLOCKED;
     request->space = route->space;
     request->permitted = route->access;
-    if (route_rights(request->need) & ~request->permitted)
+    if (request->ats && !route->ats)
+        return VIO_REASON_ATS_OFF;
+    if (request->ats)
+        need &= route->access | (route->access & VIO_READ ? VIO_EXECUTE : 0);
+    if ((route_rights(need) & ~request->permitted) || !need)
         return VIO_REASON_PERMISSION;
     if (!request->space->walk && !request->space->pasids)
         return VIO_REASON_NOT_BOUND;
-    request->rights = (request->need & PT_RWX) << (request->need & VIO_PRIVILEGED ? PT_PRIVILEGED : 0);
+    request->rights = need << (request->need & VIO_PRIVILEGED ? PT_PRIVILEGED : 0);
     return 0;
 }
 
@@ -198,7 +212,21 @@ vio_fault request_fault(const struct request *request, int reason, uint64_t done
                        .reason = (uint8_t)reason,
                        .has_gpa = walk->has_gpa,
                        .pasid_table = walk->pasid_table,
-                       .table = walk->table};
+                       .table = walk->table,
+                       .type = request->ats                       ? VIO_AT_REQUEST
+                               : request->pasid == VIO_TRANSLATED ? VIO_AT_TRANSLATED
+                                                                  : 0};
+}
+
+/*
+ * Is it what a translation request is for to find out? Its answer tells the device, and nobody else is told. Malformed
+ * tables, and what the route says, are told as of any request.
+ */
+static bool is_miss(const struct request *request, int reason)
+{
+    return request->ats && (reason == VIO_REASON_NOT_PRESENT || reason == VIO_REASON_PERMISSION ||
+                            reason == VIO_REASON_ACCESS_FLAG || reason == VIO_REASON_DIRTY ||
+                            (reason == VIO_REASON_ADDRESS_WIDTH && request->walk.stage));
 }
 
 static int run_pasid_read(struct guard *guard, void *context)
@@ -213,6 +241,7 @@ int job_run(struct job *job, job_body body)
 {
     struct pasid_found found;
     unsigned reads = 0;
+    bool missed;
     int reason;
 
     job->found = &found;
@@ -235,12 +264,14 @@ int job_run(struct job *job, job_body body)
         if (unread && (reason = pasid_keep(job->engine, &found)))
             return reason;
     }
-    account(job, &job->request, reason > 0 && job->at == &job->request);
+    missed = is_miss(&job->request, reason);
+    account(job, &job->request, reason > 0 && !missed && job->at == &job->request);
     if (job->second && job->second->begun)
         account(job, job->second, reason > 0 && job->at == job->second);
     if (reason > 0) {
         last_fault = request_fault(job->at, reason, job->done);
-        fault_ring_put(&job->engine->faults, &last_fault);
+        if (!missed)
+            fault_ring_put(&job->engine->faults, &last_fault);
         reason = VIO_FAULT;
     }
     gate_leave(&job->engine->gate);

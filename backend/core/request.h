@@ -25,6 +25,7 @@ extern uint32_t job_budget; /* JOB_BUDGET; tests let jobs pause sooner */
 struct request {
     uint32_t rid, pasid;
     unsigned need;
+    bool ats;   /* it is a translation request: part of what it needs is better than nothing */
     bool begun;
     /* found anew each time the gate is passed */
     struct route *route;

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from backend.core._native import ffi, lib
-from backend.core.answers import Access, Fault, Translation, Translations
+from backend.core.answers import Access, AddressType, AtsReply, Fault, Translated, Translation, Translations
 from backend.core.errors import BadValueError, ClosedError
-from backend.core.native import LAST_ADDRESS, beyond, check, fault_of, fault_record, pasid_of, path_of, small
+from backend.core.native import LAST_ADDRESS, PAGE, beyond, check, fault_of, fault_record, pasid_of, path_of, small
 from backend.core.path import Path
 
 if TYPE_CHECKING:
@@ -19,8 +20,13 @@ BYTES = ffi.typeof("char[]")
 WIDE_ANSWERS = ("hva", "gpa", "size", "fault_gpa", "entry")
 NARROW_ANSWERS = ("access", "reason", "stage", "level", "table")
 """Columns of translate_many in the order of vio_answers: of 64 and of 8 bits."""
+TRANSLATED_LAYOUT = "=QQQI4x"
+"""vio_translated."""
+RIGHTS = tuple(Access(rights) for rights in range((Access.READ | Access.WRITE | Access.EXECUTE) + 1))
 MAX_READ = 1 << 30
 """dma_read makes its buffer itself: no device moves more at once, so a larger length is a bug and not a need."""
+MAX_TRANSLATIONS = 1 << 16
+"""Leaves in one answer to a translation request: 256 MiB of 4 KiB pages, some 10 ms of work."""
 
 
 class Requests:
@@ -76,6 +82,28 @@ class Requests:
             )
         check(min(status, 0))
         return Translations(**dict(zip(WIDE_ANSWERS + NARROW_ANSWERS, wide + narrow, strict=True)))
+
+    def ats(self, rid: int, iova: int, length: int, access: Access, *, pasid: int | None = None) -> AtsReply:
+        """Answer a translation request (ATS) for the pages of [iova, iova + length).
+
+        A page counts if it permits anything of `access`; accessed and dirty bits are set as a read or a write would.
+        A fault for which nothing but the access or the page is to blame is left in no ring, and not counted.
+
+        Returns: as many as 65,536 pages or larger leaves; who wants more asks again from there on.
+
+        Raises: BadValueError (access, or a length of 0).
+        """
+        room = min((length + 2 * PAGE - 2) // PAGE, MAX_TRANSLATIONS)
+        out, count = ffi.new("vio_translated[]", max(room, 1)), ffi.new("uint64_t *")
+        try:
+            status = lib.vio_ats(self._engine, rid, pasid_of(pasid), iova, length, small(access), out, room, count)
+        except OverflowError:
+            return AtsReply((), replace(beyond(rid, pasid, iova, access), type=AddressType.TRANSLATION_REQUEST))
+        fault = fault_of(status) if status else None
+        found = struct.iter_unpack(TRANSLATED_LAYOUT, ffi.buffer(out, count[0] * ffi.sizeof(out[0])))
+        return AtsReply(
+            tuple(Translated(first, size or 1 << 64, to, RIGHTS[rights]) for first, size, to, rights in found), fault
+        )
 
     def lookup(self, rid: int, iova: int, *, pasid: int | None = None, access: Access = Access.READ) -> Path:
         """Tell the whole path of a translation without being a request.

@@ -26,11 +26,6 @@ static struct route_list *live_routes(struct vio_engine *engine, uint64_t key)
     return &engine->of_rid[key & (RIDS - 1)];
 }
 
-static bool live(const struct route *route)
-{
-    return route->space || route->blocked;
-}
-
 /* The route of (rid, pasid), made if it is not there, among its RID's, leading nowhere yet. */
 static int route_take(struct vio_engine *engine, uint32_t rid, uint32_t pasid, struct route **out)
 {
@@ -38,7 +33,7 @@ static int route_take(struct vio_engine *engine, uint32_t rid, uint32_t pasid, s
     struct route *route = index_find(&engine->routes, key);
 
     if (route) {
-        if (!live(route)) {
+        if (!route_live(route)) {
             unlink_route(&engine->detached, route);
             append_route(live_routes(engine, key), route);
         } else if (route->space) {
@@ -72,7 +67,7 @@ static int route_take(struct vio_engine *engine, uint32_t rid, uint32_t pasid, s
 
 static bool identity_ok(uint32_t rid, uint32_t pasid)
 {
-    return rid <= 0xffff && (pasid == VIO_NO_PASID || pasid == VIO_ANY_PASID || pasid <= 0xfffff);
+    return rid <= 0xffff && (pasid == VIO_NO_PASID || pasid == VIO_ANY_PASID || pasid == VIO_TRANSLATED || pasid <= 0xfffff);
 }
 
 int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t ioasid, uint32_t access)
@@ -81,16 +76,19 @@ int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t 
     struct route *route;
     int status = VIO_ERR_UNKNOWN;
 
-    if (!identity_ok(rid, pasid) || (access & ~(uint32_t)RW_BOTH))
+    if (!identity_ok(rid, pasid) || (access & ~(uint32_t)(RW_BOTH | VIO_ATS)))
         return VIO_ERR_VALUE;
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
-    if (space)
+    if (space && access & VIO_ATS && space->walk == walk_process)
+        status = VIO_ERR_KIND; /* its addresses are no memory that others could share */
+    else if (space)
         status = route_take(engine, rid, pasid, &route);
     if (!status) {
         route->space = space;
         route->blocked = false;
-        route->access = access;
+        route->access = access & RW_BOTH;
+        route->ats = access & VIO_ATS;
         space->routes++;
     }
     engine_change_end(engine);
@@ -121,7 +119,7 @@ int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid)
 
     engine_change_begin(engine);
     route = index_find(&engine->routes, route_key(rid, pasid));
-    if (route && live(route)) {
+    if (route && route_live(route)) {
         if (route->space)
             route->space->routes--;
         route->space = NULL;

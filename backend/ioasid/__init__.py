@@ -4,7 +4,7 @@ from .changes import Change, What
 from .command import Command
 from .commands import COMMANDS
 from .context import Context
-from .device import Device
+from .device import Device, DeviceTlb
 from .documentation import render_markdown
 from .engine import Engine
 from .errors import IoasidError
@@ -38,6 +38,7 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "DevicePort",
+    "DeviceTlb",
     "Engine",
     "FaultRecord",
     "Faults",

@@ -55,20 +55,25 @@ class AttachmentCommands(Routes):
         pasid: int | None = None,
         vpasid: int | None = None,
         access: Access = RW,
+        ats: bool = False,
     ) -> None:
         """ATTACH_IOASID: DMA of (rid, pasid) goes through this IOASID, for no more than `access` (none at all may be
-        asked for).
+        asked for). ats: the device may ask for translations, of every PASID where the IOASID has a PASID table, and
+        use what it was told: its translated requests go to the host-managed IOASID underneath, one for the device.
 
         A child takes the routing over from its parent, to which the device stays attached: (rid, pasid) must be
         attached to the parent, or for a PASID, the RID must. Only what routes bounds access; the parent's bound
         counts again when it routes again. vpasid: a PASID of the guest's, in place of one of the device's.
         """
         command = cmd.ATTACH_IOASID
-        device = self._bound(command, rid, rid=rid, ioasid=ioasid, pasid=pasid, vpasid=vpasid, access=access)
+        device = self._bound(command, rid, rid=rid, ioasid=ioasid, pasid=pasid, vpasid=vpasid, access=access,
+                             ats=ats)  # fmt: skip
         space = self._space(command, ioasid)
         key = self._key(command, device, pasid, vpasid)
         self._refuse_pasid(command, device, space, pasid, vpasid)
         self._refuse_space(command, device, space)
+        if ats:
+            self._refuse_ats(command, device, space)
         self._refuse_stack(command, device, space, key, vpasid)
         self._refuse_group(command, device, space, pasid if vpasid is None else vpasid)
         if device.attachments >= MAX_ATTACHMENTS:
@@ -77,12 +82,13 @@ class AttachmentCommands(Routes):
             key = device.register(vpasid)
             if key is None:
                 raise command.refuse(errno.ENOSPC, f"no PASID is left in the pool of {device}: detach one first")
-        device.push(key, Attachment(space, access))
+        device.push(key, Attachment(space, access, ats))
         try:
             with within_limits(command):
                 self._route_all(device, key)
         except OSError:
             device.pop(key)
+            self._route_translated(device)
             device.unregister(key)
             raise
         if self.engine.watched:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,14 +29,22 @@ class Attachment:
 
     space: Space
     access: Access
+    ats: bool = False
+    """The device may send translation requests over it, and translated requests."""
+
+
+def unawaited() -> None:
+    """For a device TLB to call when it is done, where nobody waits for that."""
 
 
 class DeviceTlb(Protocol):
     """Translations that a device keeps itself (ATS)."""
 
-    def __call__(self, pasid: int | None, iova: int, size: int | None) -> None:
+    def __call__(self, pasid: int | None, iova: int, size: int | None, done: Callable[[], None]) -> None:
         """Forget those of [iova, iova + size), None: of all, of requests with this PASID; None: of all there are, where
-        the guest's own PASID table leads them, else of requests without one."""
+        the guest's own PASID table leads them, else of requests without one.
+
+        `done` is to be called once when nothing of it is in use any more, within the call or later."""
 
 
 class Group:
@@ -72,6 +84,12 @@ class Device:
         self.stacks: dict[int | None, list[Attachment]] = {}
         """By PASID, None for requests without one; no list is empty."""
         self.attachments = 0
+        self.ats = 0
+        """Attachments over which it may send translation requests, routing or not: `ats_space` is beneath all."""
+        self.ats_space: Space | None = None
+        self._ats_routed: Counter[Access] = Counter()
+        self.translated: tuple[Space, Access] | None = None
+        """Where requests with translated addresses are led, and what they may do."""
         self.delegated: Space | None = None
         """Whose PASID table serves all its PASIDs: the guest's own."""
         self.port = DevicePort(engine, rid)
@@ -106,19 +124,43 @@ class Device:
 
     def push(self, pasid: int | None, attachment: Attachment) -> None:
         """Record an attachment; it routes from now on."""
-        self.stacks.setdefault(pasid, []).append(attachment)
+        stack = self.stacks.setdefault(pasid, [])
+        self._count_ats(stack, -1)
+        stack.append(attachment)
+        self._count_ats(stack, 1)
+        if attachment.ats:
+            self.ats += 1
+            self.ats_space = attachment.space.host
         self.attachments += 1
         attachment.space.enter(self, pasid)
 
     def pop(self, pasid: int | None) -> Attachment:
         """Forget the one that routes. There must be one."""
         stack = self.stacks[pasid]
+        self._count_ats(stack, -1)
         attachment = stack.pop()
+        self._count_ats(stack, 1)
+        self.ats -= attachment.ats
         if not stack:
             del self.stacks[pasid]
         self.attachments -= 1
         attachment.space.leave(self, pasid)
         return attachment
+
+    # ATS
+
+    @property
+    def translating(self) -> tuple[Space, Access] | None:
+        """Which addresses translation requests answer with now, and what they can permit; None: there are none."""
+        rights = [access for access, count in self._ats_routed.items() if count]
+        if not rights or self.ats_space is None:
+            return None
+        return self.ats_space, functools.reduce(operator.or_, rights)
+
+    def _count_ats(self, stack: list[Attachment], by: int) -> None:
+        """Of a stack, the one that routes has begun to (1) or ceased (-1)."""
+        if stack and stack[-1].ats:
+            self._ats_routed[stack[-1].access] += by
 
     # PASIDs
 

@@ -11,7 +11,7 @@ from backend.core import Core, Fault, SpaceCounters
 
 from .changes import Change
 from .context import Context
-from .device import Device, DeviceTlb, Group
+from .device import Device, DeviceTlb, Group, unawaited
 from .errors import IoasidError
 from .kinds import Kind
 from .kvm_pasids import KvmPasids
@@ -184,13 +184,17 @@ class Engine:
         finally:
             self._routing.discard(key)
 
-    def report(self, fault: Fault) -> Fault:
-        """Number the fault's IOASID as its context does, and its PASID as its guest does; put it in the context's
-        queue, tell the listeners, and give it back."""
+    def renumber(self, fault: Fault) -> Fault:
+        """The fault with its IOASID as its context numbers it, and its PASID as its guest does."""
         space = self._spaces.get(fault.ioasid)
         device = self.devices.get(fault.rid)
         pasid = device.virtual(fault.pasid) if device is not None else fault.pasid
-        fault = replace(fault, ioasid=space.ioasid if space is not None else 0, pasid=pasid)
+        return replace(fault, ioasid=space.ioasid if space is not None else 0, pasid=pasid)
+
+    def report(self, fault: Fault) -> Fault:
+        """Renumber the fault, put it in the context's queue, tell the listeners, and give it back."""
+        fault = self.renumber(fault)
+        device = self.devices.get(fault.rid)
         if device is not None and device.context is not None:
             device.context.faults.report(device, fault)
         if self._telling:
@@ -238,7 +242,7 @@ class Engine:
             return
         for device, pasid in list(space.users):
             if device.tlb is not None:
-                device.tlb(pasid, iova, size)
+                device.tlb(pasid, iova, size, unawaited)
         for child in space.below:
             self.forget_tlbs(child)
 

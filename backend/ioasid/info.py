@@ -108,6 +108,8 @@ class AttachmentInfo:
     pasid: int | None
     """As the guest sees it."""
     ioasid: int
+    ats: bool
+    """The device may ask for translations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ class DeviceInfo:
     nesting: tuple[str, ...]
     pasid_bits: int
     pasid_mode: str
+    ats: bool
+    """It can ask for translations."""
     snoop: bool
     """Its DMA can be made coherent."""
     attachments: tuple[AttachmentInfo, ...]
@@ -191,9 +195,10 @@ def describe_device(device: Device) -> DeviceInfo:
         nesting=("hardware", "software"),
         pasid_bits=traits.pasid_bits,
         pasid_mode=traits.pasid_mode,
+        ats=traits.ats,
         snoop=traits.snoop,
         attachments=tuple(
-            AttachmentInfo(device.virtual(pasid), each.space.ioasid)
+            AttachmentInfo(device.virtual(pasid), each.space.ioasid, each.ats)
             for pasid, stack in device.stacks.items()
             for each in stack
         ),

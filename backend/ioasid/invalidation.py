@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import overload
@@ -59,6 +59,27 @@ class Invalidated:
     sentence: str | None = None
 
 
+class _Answers:
+    """Those of device TLBs that somebody waits for."""
+
+    def __init__(self, answered: Callable[[], None] | None) -> None:
+        self._answered = answered
+        self._waiting = 1
+        """One is the command itself, until it knows of no more."""
+
+    def awaited(self) -> Callable[[], None]:
+        """What one device TLB is to call; a second time does nothing."""
+        self._waiting += 1
+        left = [self.last]
+        return lambda: left.pop()() if left else None
+
+    def last(self) -> None:
+        """An answer came, or no more are to be awaited."""
+        self._waiting -= 1
+        if not self._waiting and self._answered is not None:
+            self._answered()
+
+
 class InvalidationCommands(Checks):
     """Commands on caches, and a look past them."""
 
@@ -73,9 +94,12 @@ class InvalidationCommands(Checks):
         pasid: int | None = ...,
         rid: int | None = ...,
         caches: Sequence[str] = ...,
+        answered: Callable[[], None] | None = ...,
     ) -> None: ...
     @overload
-    def invalidate_cache(self, ioasid: int, *, entries: Sequence[Invalidation]) -> Invalidated: ...
+    def invalidate_cache(
+        self, ioasid: int, *, entries: Sequence[Invalidation], answered: Callable[[], None] | None = ...
+    ) -> Invalidated: ...
     def invalidate_cache(
         self,
         ioasid: int,
@@ -87,18 +111,22 @@ class InvalidationCommands(Checks):
         rid: int | None = None,
         caches: Sequence[str] = (),
         entries: Sequence[Invalidation] | None = None,
+        answered: Callable[[], None] | None = None,
     ) -> Invalidated | None:
         """INVALIDATE_CACHE: "all"; the "range" [iova, iova + size), of one PASID or of all; a "pasid"; or a "device".
 
         caches: those that are to forget; none: all there are. More than was asked for may be forgotten.
         entries: in place of the other fields, an array; it ends at the first entry that is refused, and the
-        answer says which.
+        answer says which. answered (of Python alone) is called once, when the TLBs of all devices that were told have
+        answered: before this returns, if none has to be waited for; never, if the command is refused.
         """
         command = cmd.INVALIDATE_CACHE
+        answers = _Answers(answered)
         one = Invalidation(granularity, iova, size, pasid, rid, caches)
         space = self._space(command, ioasid, ioasid=ioasid, entries=entries, **_fields(one))
         if entries is None:
-            self._invalidate(space, one)
+            self._invalidate(space, one, answers)
+            answers.last()
             return None
         if one != Invalidation(caches=caches) or caches:
             raise command.refuse(errno.EINVAL, "entries go in place of all other fields but ioasid: leave those out")
@@ -107,12 +135,14 @@ class InvalidationCommands(Checks):
                 if not isinstance(entry, Invalidation):
                     raise command.refuse(errno.EINVAL, f"entry {done} is no record of an invalidation")
                 command.check({"ioasid": ioasid, "entries": None, **_fields(entry)})
-                self._invalidate(space, entry)
+                self._invalidate(space, entry, answers)
             except IoasidError as error:
+                answers.last()
                 return Invalidated(done, error.errno, error.sentence)
+        answers.last()
         return Invalidated(len(entries))
 
-    def _invalidate(self, space: Space, what: Invalidation) -> None:
+    def _invalidate(self, space: Space, what: Invalidation, answers: _Answers) -> None:
         command = cmd.INVALIDATE_CACHE
         granularity, iova, size, pasid = what.granularity, what.iova, what.size, what.pasid
         if granularity not in list(Granularity):
@@ -144,7 +174,7 @@ class InvalidationCommands(Checks):
             for device, key in users:
                 if device.tlb is not None:
                     whose = pasid if space.pasid_table is not None else key
-                    device.tlb(whose, iova, size if granularity == Granularity.RANGE else None)
+                    device.tlb(whose, iova, size if granularity == Granularity.RANGE else None, answers.awaited())
         if self.engine.watched:
             where = (iova, size) if granularity == Granularity.RANGE else (None, None)
             self.engine.changed(Change(What.INVALIDATE, self._self, space.ioasid, what.rid, pasid, *where))

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
-from backend.core import RW, Access, Fault, Reason, RouteCounters, UnknownIdError
+from backend.core import (
+    RW,
+    TRANSLATED,
+    Access,
+    AddressType,
+    AtsReply,
+    Fault,
+    Reason,
+    RouteCounters,
+    UnknownIdError,
+)
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -15,6 +25,9 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 T = TypeVar("T")
+
+MISSES = frozenset({Reason.NOT_PRESENT, Reason.PERMISSION, Reason.ACCESS_FLAG, Reason.DIRTY})
+"""Why translation requests find no page: the answer that they are for."""
 
 
 def _always() -> bool:
@@ -159,11 +172,42 @@ class DevicePort:
         answer = operation()
         return self._faulted(answer, operation) if isinstance(answer, Fault) else answer
 
+    def translate(self, iova: int, length: int, access: Access, pasid: int | None = None) -> AtsReply:
+        """A translation request (ATS) for the pages of [iova, iova + length): what the device may keep of them until it
+        is told to forget it.
+
+        Pages are there if they permit anything of `access`; a request for writes sets dirty bits as a write would.
+        Where they end before the range does, the reply's fault says why. That there is no page, or no access to it, is
+        told to nobody else. A reply without a fault may end early, too, after 65,536 pages: ask again from there on.
+        """
+        if not self.enabled():
+            return AtsReply((), self._off(iova, access, pasid, AddressType.TRANSLATION_REQUEST))
+        if not length:
+            return AtsReply((), None)
+        reply = self._core.ats(self.rid, iova, length, access, pasid=pasid)
+        fault = reply.fault
+        if fault is not None and fault.reason == Reason.NO_ROUTE and self._engine.find_route(self.rid, pasid):
+            reply = self._core.ats(self.rid, iova, length, access, pasid=pasid)
+            fault = reply.fault
+        if fault is None:
+            return reply
+        missed = fault.reason in MISSES or (fault.reason == Reason.ADDRESS_WIDTH and fault.stage)
+        return AtsReply(reply.translations, self._engine.renumber(fault) if missed else self._engine.report(fault))
+
+    @cached_property
+    def translated(self) -> DevicePort:
+        """The same for requests whose addresses `translate` gave, while the device is attached with ATS; else they are
+        refused. They carry no PASID: what is given for one does not count."""
+        return _TranslatedPort(self._engine, self)
+
     @property
     def counters(self) -> RouteCounters:
         """Requests, bytes and faults of the RID, over all that it was ever attached to."""
+        return self._counted(None)
+
+    def _counted(self, pasid: int | None) -> RouteCounters:
         try:
-            return self._core.route_counters(self.rid)
+            return self._core.route_counters(self.rid, pasid)
         except UnknownIdError:
             return RouteCounters(*(0 for _ in fields(RouteCounters)))  # never attached: nothing moved
 
@@ -176,7 +220,7 @@ class DevicePort:
             fault = answer
         return self._engine.report(fault)
 
-    def _off(self, iova: int, access: Access, pasid: int | None) -> Fault:
+    def _off(self, iova: int, access: Access, pasid: int | None, kind: AddressType = AddressType.UNTRANSLATED) -> Fault:
         return Fault(
             rid=self.rid,
             pasid=pasid,
@@ -189,4 +233,69 @@ class DevicePort:
             entry=0,
             reason=Reason.BUS_MASTER_OFF,
             done=0,
+            type=kind,
         )
+
+
+class _TranslatedPort(DevicePort):
+    """Requests of the device that carry translated addresses, and no PASID."""
+
+    def __init__(self, engine: Engine, port: DevicePort) -> None:
+        super().__init__(engine, port.rid)
+        self._port = port
+        self.enabled = self._port_enabled
+
+    def _port_enabled(self) -> bool:
+        return self._port.enabled()
+
+    def read(self, iova: int, length: int, pasid: int | None = None) -> bytes | Fault:
+        return super().read(iova, length, TRANSLATED)
+
+    def read_into(self, iova: int, buffer: WriteableBuffer, pasid: int | None = None) -> Fault | None:
+        return super().read_into(iova, buffer, TRANSLATED)
+
+    def write(self, iova: int, data: ReadableBuffer, pasid: int | None = None) -> Fault | None:
+        return super().write(iova, data, TRANSLATED)
+
+    def scatter(
+        self,
+        sg: Sequence[tuple[int, int]],
+        buffer: ReadableBuffer | WriteableBuffer,
+        *,
+        write: bool,
+        pasid: int | None = None,
+    ) -> Fault | None:
+        return super().scatter(sg, buffer, write=write, pasid=TRANSLATED)
+
+    def store(self, iova: int, value: int, width: int, pasid: int | None = None) -> Fault | None:
+        return super().store(iova, value, width, TRANSLATED)
+
+    def load(self, iova: int, width: int, pasid: int | None = None) -> int | Fault:
+        return super().load(iova, width, TRANSLATED)
+
+    def fill(self, iova: int, length: int, pattern: int = 0, width: int = 1, pasid: int | None = None) -> Fault | None:
+        return super().fill(iova, length, pattern, width, TRANSLATED)
+
+    def copy(
+        self, source: int, target: int, length: int, pasid: int | None = None, *, target_pasid: int | None = None
+    ) -> Fault | None:
+        return super().copy(source, target, length, TRANSLATED, target_pasid=TRANSLATED)
+
+    def fetch_add(self, iova: int, value: int, width: int, pasid: int | None = None) -> int | Fault:
+        return super().fetch_add(iova, value, width, TRANSLATED)
+
+    def swap(self, iova: int, value: int, width: int, pasid: int | None = None) -> int | Fault:
+        return super().swap(iova, value, width, TRANSLATED)
+
+    def compare_exchange(
+        self, iova: int, compare: int, value: int, width: int, pasid: int | None = None
+    ) -> int | Fault:
+        return super().compare_exchange(iova, compare, value, width, TRANSLATED)
+
+    @property
+    def counters(self) -> RouteCounters:
+        """Of these requests alone."""
+        return self._counted(TRANSLATED)
+
+    def _off(self, iova: int, access: Access, pasid: int | None, kind: AddressType = AddressType.UNTRANSLATED) -> Fault:
+        return super()._off(iova, access, None, AddressType.TRANSLATED)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 
-from backend.core import ANY_PASID
+from backend.core import ANY_PASID, TRANSLATED
 
 from .checks import Checks
 from .command import Command
-from .device import Attachment, Device
+from .device import Attachment, Device, unawaited
+from .kinds import Kind
 from .pasid_formats import PASID_FORMATS
 from .pasid_pool import PasidMode
 from .spaces import Space, Untagged
@@ -21,14 +22,26 @@ class Routes(Checks):
         """Lead the requests of a device with this PASID (None: without one, and all those that a PASID table of the
         guest's leads) as its attachments say. A CoreError: no room; only what was led nowhere can meet it."""
         top = device.routed(pasid)
+        self._route_translated(device)
         if pasid is None:
             self._route_rid(device, top)
         elif top is None:
             self._core.detach(device.rid, pasid)
         else:
-            self._core.attach(device.rid, pasid, top.space.core_id, access=top.access)
+            self._core.attach(device.rid, pasid, top.space.core_id, access=top.access, ats=top.ats)
         if device.tlb is not None:
-            device.tlb(pasid, 0, None)
+            device.tlb(pasid, 0, None, unawaited)
+
+    def _route_translated(self, device: Device) -> None:
+        """Lead requests with translated addresses past all tables of the guest's, if there can be any."""
+        to = device.translating if device.group.whole else None
+        if to == device.translated:
+            return
+        if to is not None:
+            self._core.attach(device.rid, TRANSLATED, to[0].core_id, access=to[1])
+        else:
+            self._core.detach(device.rid, TRANSLATED)
+        device.translated = to
 
     def _route_rid(self, device: Device, top: Attachment | None) -> None:
         core, rid = self._core, device.rid
@@ -43,12 +56,12 @@ class Routes(Checks):
         table = top.space.pasid_table
         self._delegate(device, top if table is not None else None)
         below = device.stacks[None][-2] if table is not None and table.untagged == Untagged.PARENT else top
-        core.attach(rid, None, below.space.core_id, access=below.access)
+        core.attach(rid, None, below.space.core_id, access=below.access, ats=top.ats)
 
     def _delegate(self, device: Device, to: Attachment | None) -> None:
         """Lead all requests with a PASID to the table of the guest's there, or none any more."""
         if to is not None:
-            self._core.attach(device.rid, ANY_PASID, to.space.core_id, access=to.access)
+            self._core.attach(device.rid, ANY_PASID, to.space.core_id, access=to.access, ats=to.ats)
         elif device.delegated is not None:
             self._core.detach(device.rid, ANY_PASID)
         device.delegated = to.space if to is not None else None
@@ -83,6 +96,24 @@ class Routes(Checks):
             raise command.refuse(errno.EINVAL, f"{device} has PASIDs attached one by one: detach them first")
         for each in PASID_FORMATS[vendor].leads_to:
             self._refuse_format(command, device, each)
+
+    def _refuse_ats(self, command: Command, device: Device, space: Space) -> None:
+        """Translation requests of the device cannot be answered with addresses that it could use."""
+        if not device.traits.ats:
+            raise command.refuse(errno.EINVAL, f"{device} sends no translation requests: attach it without ats")
+        if space.kind == Kind.SVA:
+            raise command.refuse(
+                errno.EINVAL,
+                f"IOASID {space.ioasid} is a process: its addresses need a PASID, which translated requests do not "
+                "have: attach it without ats",
+            )
+        if device.ats and device.ats_space is not space.host:
+            assert device.ats_space is not None
+            raise command.refuse(
+                errno.EINVAL,
+                f"translated requests of {device} go to IOASID {device.ats_space.ioasid}, and those of IOASID "
+                f"{space.ioasid} would have to go to {space.host.ioasid}: attach it without ats",
+            )
 
     def _refuse_space(self, command: Command, device: Device, space: Space) -> None:
         """What an IOASID is, and the device cannot have."""

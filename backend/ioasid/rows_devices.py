@@ -35,12 +35,17 @@ ATTACH_IOASID = Command(
     "ATTACH_IOASID",
     None,
     "DMA of a device (or of one of its PASIDs) goes through this IOASID",
-    (RID, IOASID, PASID, VPASID, Field("access", Unit.ACCESS, True, "what requests may do at most")),
+    (
+        *(RID, IOASID, PASID, VPASID),
+        Field("access", Unit.ACCESS, True, "what requests may do at most"),
+        Field("ats", Unit.FLAG, True, "the device may ask for translations (ATS) and use them; not otherwise"),
+    ),
     errors={
         errno.EINVAL: f"{WRONG}; {NOT_BOUND}; the IOASID is a child and the device (or its whole group) is not "
         "attached to its parent; the group is elsewhere or not bound as a whole; a format that the device's IOMMU "
         "cannot walk; a PASID where the PASID table is the guest's own, none where the device tags all requests, or "
-        "one that it does not have; a device that cannot be made to snoop, and the IOASID enforces it",
+        "one that it does not have; a device that cannot be made to snoop, and the IOASID enforces it; "
+        "ats for a device without, for a process, or over another host-managed IOASID than its other attachments",
         errno.ENODEV: NO_DEVICE,
         errno.ENOENT: UNKNOWN,
         errno.EBUSY: "the device (or PASID) is attached already",

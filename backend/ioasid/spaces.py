@@ -101,6 +101,14 @@ class Space:
         return 1 if self.parent is None else self.parent.depth + 1
 
     @property
+    def host(self) -> Space:
+        """The host-managed one whose addresses all guest-managed tables on the way lead to: itself, or beneath it."""
+        space = self
+        while space.kind == Kind.USER and space.parent is not None:
+            space = space.parent
+        return space
+
+    @property
     def table(self) -> HostTable:
         """Of a host-managed one: the table that stands behind it."""
         assert isinstance(self.body, HostTable)

@@ -35,6 +35,8 @@ class Traits:
     pasid_mode: PasidMode = PasidMode.WHOLE
     formats: frozenset[str] | None = None
     """Page-table formats that the IOMMU before it can walk; None: all."""
+    ats: bool = True
+    """It can have a TLB of its own and send translation requests (PCI Express ATS)."""
     snoop: bool = True
     """Its DMA can be made coherent whatever the device asks for."""
 
