@@ -77,6 +77,21 @@ async def test_every_kind_of_dma(client: Client, ram: Memory) -> None:
     assert ram.get(0, 4) == b"text"
 
 
+async def test_compare_exchange_of_16_bytes(client: Client, ram: Memory) -> None:
+    """Two numbers of 64 bits are too small for it: bytes go both ways, in the order in which they lie in memory."""
+    before, after = bytes(range(1, 17)), bytes(range(255, 239, -1))
+    ram.put(0x60, before + b"beyond")
+    fields = {"rid": FIRST, "iova": 0x60, "width": 16}
+    answer = await client.call("endpoint.compare_exchange", compare=after, value=bytes(16), **fields)
+    assert answer == {"value": before, "fault": None}, "it is something else"
+    assert ram.get(0x60, 16) == before
+    answer = await client.call("endpoint.compare_exchange", compare=before, value=after, **fields)
+    assert answer == {"value": before, "fault": None}
+    assert ram.get(0x60, 22) == after + b"beyond"
+    fault = await client.call("endpoint.compare_exchange", compare=before, value=after, **{**fields, "iova": SIZE})
+    assert (fault["value"], fault["fault"]["reason"], fault["fault"]["access"]) == (None, "NOT_PRESENT", "rw")
+
+
 async def test_a_fault_says_what_moved_before(client: Client, ram: Memory) -> None:
     answer = await client.call("endpoint.dma_write", rid=FIRST, iova=SIZE - 8, data=bytes(16))
     fault = answer["fault"]
@@ -99,6 +114,11 @@ async def test_a_fault_says_what_moved_before(client: Client, ram: Memory) -> No
         ("endpoint.store", {"iova": 0, "value": 1, "width": True}),
         ("endpoint.load", {"iova": 0, "width": 16}),
         ("endpoint.fetch_add", {"iova": 0, "value": 1, "width": 2}),
+        ("endpoint.compare_exchange", {"iova": 0, "width": 16, "compare": bytes(16), "value": bytes(15)}),
+        ("endpoint.compare_exchange", {"iova": 0, "width": 16, "compare": 1, "value": bytes(16)}),
+        ("endpoint.compare_exchange", {"iova": 0, "width": 16, "compare": bytes(17), "value": bytes(16)}),
+        ("endpoint.compare_exchange", {"iova": 0, "width": 8, "compare": bytes(8), "value": 1}),
+        ("endpoint.compare_exchange", {"iova": 0, "width": 2, "compare": 1, "value": 1}),
         ("endpoint.hold", {"iova": 0}),
         ("vm.spaces", {"limit": 65}),
         ("vm.faults", {"after": -1}),

@@ -22,7 +22,16 @@ MAX_MOVE = 1 << 20
 MAX_BULK = 16 << 20
 """Bytes that one dma_fill or dma_copy moves: a few milliseconds, in which nobody else is served."""
 
-WIDTHS = {"store": (1, 2, 4, 8), "load": (1, 2, 4, 8), "fetch_add": (4, 8), "swap": (4, 8), "compare_exchange": (4, 8)}
+WIDE = 16
+"""Bytes that are no number of MessagePack, whose numbers have 64 bits."""
+
+WIDTHS = {
+    "store": (1, 2, 4, 8),
+    "load": (1, 2, 4, 8),
+    "fetch_add": (4, 8),
+    "swap": (4, 8),
+    "compare_exchange": (4, 8, WIDE),
+}
 """Bytes that each may have; the last three are PCI Express AtomicOps."""
 
 Answer = dict[str, Any]
@@ -148,13 +157,16 @@ class Endpoints:
         return _read("value", device.port.swap(iova, value, width, pasid))
 
     def compare_exchange(self, session: Session, params: Params) -> Answer:
-        """AtomicOp CAS of `compare` for `value`, likewise."""
+        """AtomicOp CAS of `compare` for `value`, likewise; of 16 bytes as well, which are data here and in the answer, as
+        they lie in memory."""
         device, iova, pasid = self._request(session, params)
         width = params.one_of("width", WIDTHS["compare_exchange"])
-        compare = params.number("compare", 1 << 8 * width)
-        value = params.number("value", 1 << 8 * width)
+        compare, value = (_operand(params, name, width) for name in ("compare", "value"))
         params.end()
-        return _read("value", device.port.compare_exchange(iova, compare, value, width, pasid))
+        before = device.port.compare_exchange(iova, compare, value, width, pasid)
+        if width == WIDE and not isinstance(before, Fault):
+            return _read("value", before.to_bytes(WIDE, "little"))
+        return _read("value", before)
 
     async def page_request(self, session: Session, params: Params) -> Answer:
         """Ask for `access` to the page at `iova` (PRI) as one of page request group `group`, and if it is the
@@ -208,6 +220,15 @@ class Endpoints:
             "cookie": device.cookie,
             "held": self._contexts.holders(device),
         }
+
+
+def _operand(params: Params, name: str, width: int) -> int:
+    if width != WIDE:
+        return params.number(name, 1 << 8 * width)
+    data = params.data(name, WIDE)
+    if len(data) != WIDE:
+        raise params.refuse(f"{name} has {len(data)} bytes, where width says {WIDE}")
+    return int.from_bytes(data, "little")
 
 
 def _address(device: Device, params: Params, name: str) -> int:
