@@ -157,8 +157,8 @@ class Endpoints:
         return _read("value", device.port.swap(iova, value, width, pasid))
 
     def compare_exchange(self, session: Session, params: Params) -> Answer:
-        """AtomicOp CAS of `compare` for `value`, likewise; of 16 bytes as well, which are data here and in the answer, as
-        they lie in memory."""
+        """AtomicOp CAS of `compare` for `value`, likewise; of 16 bytes as well, which are data here and in the answer,
+        as they lie in memory."""
         device, iova, pasid = self._request(session, params)
         width = params.one_of("width", WIDTHS["compare_exchange"])
         compare, value = (_operand(params, name, width) for name in ("compare", "value"))
