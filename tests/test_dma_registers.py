@@ -38,9 +38,9 @@ def test_the_device_has_the_numbers_of_the_header() -> None:
     assert names(registers.Feature) == group("FEATURE_")
     for name in ("ID", "VERSION", "RESET", "QUEUES_MAX", "QUEUE_BASE", "QUEUE_STRIDE", "ERROR_SHIFT", "MSIX_BAR"):
         assert getattr(registers, name) == VDMA[name], name
-    assert (registers.DOORBELL_BASE, registers.DOORBELL_STRIDE) == (VDMA["DOORBELL_BASE"], VDMA["DOORBELL_STRIDE"])
-    assert descriptors.DESCRIPTOR_SIZE == VDMA["DESCRIPTOR_SIZE"]
-    assert descriptors.RECORD_SIZE == VDMA["COMPLETION_SIZE"]
+    sizes = {"DESCRIPTOR_SIZE": descriptors.DESCRIPTOR_SIZE, "COMPLETION_SIZE": descriptors.RECORD_SIZE}
+    sizes |= {name: getattr(registers, name) for name in ("DOORBELL_BASE", "DOORBELL_STRIDE")}
+    assert sizes == {name: VDMA[name] for name in sizes}
     ids = engine.PCI_IDS
     assert (ids.vendor, ids.device, ids.class_code) == (VDMA["VENDOR_ID"], VDMA["DEVICE_ID"], VDMA["CLASS"])
 
