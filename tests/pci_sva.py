@@ -5,13 +5,14 @@ Register numbers are those of <linux/pci_regs.h>; nothing here is taken from the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 
-from guest_ram import PAGE
-from ioasid_guest import DEV1, Guest
+from guest_ram import PAGE, Ram
+from ioasid_guest import DEV1, GOLDEN, Guest, gcr3_table
 
-from backend.core import Access
-from backend.ioasid import Code
+from backend.core import Access, Fault
+from backend.ioasid import Code, PasidTableFormat, Untagged
 from backend.pci import Ats, Capability, Pasid, PciExpress, PciFunction, PciIds, Pri
 
 EXT_ATS, EXT_PRI, EXT_PASID = 0x0F, 0x13, 0x1B
@@ -128,4 +129,73 @@ def connected(guest: Guest, *capabilities: Capability) -> tuple[PciFunction, Reg
     function.rid = DEV1
     function.connect_dma(guest.dev1.port)
     function.connect_page_requests(guest.dev1.page_request)
+    function.connect_tlb(lambda tlb: guest.engine.set_tlb(guest.dev1, tlb))
     return function, Registers(function)
+
+
+class Process:
+    """Four levels of x86-64 tables (SDM 3, 4.5.4: P 0, R/W 1, U/S 2) in pages that `take` gives the GPA of."""
+
+    def __init__(self, ram: Ram, take: Iterator[int]) -> None:
+        self._ram = ram
+        self._take = take
+        self.root = next(take)
+
+    def map(self, iova: int, gpa: int, *, writable: bool = True) -> None:
+        self._ram.poke(self.leaf(iova), struct.pack("<Q", gpa | (7 if writable else 5)))
+
+    def unmap(self, iova: int) -> None:
+        self._ram.poke(self.leaf(iova), bytes(8))
+
+    def leaf(self, iova: int) -> int:
+        """GPA of the last entry; tables on the way to it are made."""
+        table = self.root
+        for level in (4, 3, 2):
+            slot = table + (iova >> (12 + 9 * (level - 1)) & 511) * 8
+            (entry,) = struct.unpack("<Q", self._ram.peek(slot, 8))
+            if not entry:
+                entry = next(self._take) | 7
+                self._ram.poke(slot, struct.pack("<Q", entry))
+            table = entry & 0x000FFFFFFFFFF000
+        return table + (iova >> 12 & 511) * 8
+
+
+class Machine:
+    """A function whose PASIDs lead to processes by a PASID table of the guest's; without a PASID, to guest memory.
+
+    RAM: GPA 0 holds the PASID table, tables follow from 0x1000 to `data`; what is behind is for the test.
+    """
+
+    def __init__(self, *, pages: int = 256, tables: int = 64, pasids: Sequence[int] = (1, 2)) -> None:
+        self.guest = Guest(pages=pages)
+        self.ram = self.guest.ram
+        self.data = tables * PAGE
+        take = iter(range(PAGE, self.data, PAGE))
+        self.processes = {pasid: Process(self.ram, take) for pasid in pasids}
+        self.table = gcr3_table(self.ram, 0, {pasid: each.root for pasid, each in self.processes.items()})
+        ctx = self.guest.ctx
+        self.memory_ioasid, self.table_ioasid = ctx.alloc(), ctx.create_nesting(1)
+        ctx.map_dma(self.memory_ioasid, 0, GOLDEN, self.ram.size)
+        ctx.bind_pasid_table(self.table_ioasid, self.table, PasidTableFormat(levels=1), Untagged.PARENT)
+        ctx.attach(DEV1, self.memory_ioasid)
+        ctx.attach(DEV1, self.table_ioasid, ats=True)
+        self.function, self.registers = connected(self.guest)
+        self.registers.enable_all()
+        self.memory = self.function.memory
+        self.heard: list[Fault] = []
+        self.guest.engine.on_fault(self.heard.append)
+
+    def invalidate(self, pasid: int, iova: int | None = None, size: int = PAGE) -> None:
+        """As a front end does for the guest: of a range, or of the whole PASID."""
+        ctx = self.guest.ctx
+        if iova is None:
+            ctx.invalidate_cache(self.table_ioasid, granularity="pasid", pasid=pasid)
+        else:
+            ctx.invalidate_cache(self.table_ioasid, granularity="range", iova=iova, size=size, pasid=pasid)
+
+    def kept(self) -> int:
+        """Translations that the function keeps."""
+        return len(self.function.tlb or ())
+
+    def close(self) -> None:
+        self.guest.close()

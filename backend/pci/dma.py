@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-    from backend.core import Access, Fault, RouteCounters
+    from backend.core import Access, AtsReply, Fault, RouteCounters
 
 
 class DmaPort(Protocol):
@@ -17,9 +17,6 @@ class DmaPort(Protocol):
 
     A request that could not be translated answers with a Fault and has moved `Fault.done` bytes before it.
     """
-
-    enabled: Callable[[], bool]
-    """Whether the function may master the bus; while it says no, every request is Fault(BUS_MASTER_OFF)."""
 
     def read(self, iova: int, length: int, pasid: int | None = None) -> bytes | Fault: ...
 
@@ -59,6 +56,21 @@ class DmaPort(Protocol):
 
     @property
     def counters(self) -> RouteCounters: ...
+
+
+class FunctionPort(DmaPort, Protocol):
+    """The port of a function to its IOMMU, which also translates for it (PCI Express Base 5.0, 10.2)."""
+
+    enabled: Callable[[], bool]
+    """Whether the function may master the bus; while it says no, every request is Fault(BUS_MASTER_OFF)."""
+
+    def translate(self, iova: int, length: int, access: Access, pasid: int | None = None) -> AtsReply:
+        """A translation request for the pages of [iova, iova + length): what is found of them, in order, without gaps,
+        and the fault at which that ends."""
+
+    @property
+    def translated(self) -> DmaPort:
+        """For requests whose addresses `translate` gave; they carry no PASID."""
 
 
 @dataclass(frozen=True, slots=True)

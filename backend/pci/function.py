@@ -6,12 +6,14 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from backend.pci.ats_control import Announce, AtsControl
 from backend.pci.bars import Bar
 from backend.pci.capabilities import (
     EXP_DEVCTL_FLR,
     MSI_ENABLE,
     MSIX_ENABLE,
     MSIX_FUNCTION_MASK,
+    Ats,
     Capability,
     Msi,
     Msix,
@@ -21,6 +23,7 @@ from backend.pci.capabilities import (
 )
 from backend.pci.config_space import COMMAND, COMMAND_BUS_MASTER, ConfigSpace
 from backend.pci.device_memory import DeviceMemory
+from backend.pci.device_tlb import DeviceTlb
 from backend.pci.ids import PciIds
 from backend.pci.page_requests import PageRequests, Send
 from backend.pci.pasid_control import PasidControl
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
     from backend.core import Fault
-    from backend.pci.dma import DmaPort
+    from backend.pci.dma import DmaPort, FunctionPort
 
 C = TypeVar("C", bound=Capability)
 
@@ -68,10 +71,12 @@ class PciFunction:
         self.config = ConfigSpace(ids, self.bars, capabilities, force_bus_master=force_bus_master)
         self._dma: DmaPort | None = None
         self._memory: DeviceMemory | None = None
-        self.pasids = PasidControl(self.config, _first(capabilities, Pasid), self._may_send_changed)
+        self.pasids = PasidControl(self.config, _first(capabilities, Pasid), self._pasids_changed)
         """Which PASIDs the guest lets the function put on its requests."""
+        self.ats = AtsControl(self.config, _first(capabilities, Ats), self._may_send_changed)
+        """Whether the guest lets the function keep translations, and the device TLB that holds them."""
         pri = _first(capabilities, Pri)
-        self.page_requests = PageRequests(self.config, pri, self.pasids, lambda: self.bus_master) if pri else None
+        self.page_requests = PageRequests(self.config, pri, self.pasids, self._may_ask) if pri else None
         """What the function may ask the guest for; None without a PRI capability."""
         self._signal: Callable[[int], bool] | None = None
         self._pending = 0  # a bit a vector
@@ -102,11 +107,11 @@ class PciFunction:
             raise RuntimeError(f"{self.name}: no DMA port is connected: call connect_dma first")
         return self._dma
 
-    def connect_dma(self, port: DmaPort) -> None:
+    def connect_dma(self, port: FunctionPort) -> None:
         """Give the function its port; from now on the command register's bus master bit gates it."""
         self._dma = port
         port.enabled = lambda: self.bus_master
-        self._memory = DeviceMemory(lambda: self.rid, port, self.pasids)
+        self._memory = DeviceMemory(lambda: self.rid, port, self.pasids, self.ats)
 
     @property
     def memory(self) -> DeviceMemory:
@@ -115,6 +120,15 @@ class PciFunction:
         if self._memory is None:
             raise RuntimeError(f"{self.name}: no DMA port is connected: call connect_dma first")
         return self._memory
+
+    @property
+    def tlb(self) -> DeviceTlb | None:
+        """The device TLB, which must hear of every invalidation; None while the guest has not enabled ATS."""
+        return self.ats.tlb
+
+    def connect_tlb(self, announce: Announce | None) -> None:
+        """`announce` is called with `tlb`, now and whenever it has changed (Engine.set_tlb); None: nobody is told."""
+        self.ats.connect(announce)
 
     def connect_page_requests(self, send: Send | None) -> None:
         """`send` takes the function's page request messages (Device.page_request); None: nobody does."""
@@ -159,6 +173,7 @@ class PciFunction:
             if bar.registers is not None:
                 bar.registers.reset()
         self.pasids.reset()
+        self.ats.reset()
         if self.page_requests is not None:
             self.page_requests.reset()
 
@@ -238,6 +253,14 @@ class PciFunction:
     def _command_written(self) -> None:
         self.deliver_pending()
         self._may_send_changed()
+
+    def _pasids_changed(self) -> None:
+        self.ats.forget()
+        self._may_send_changed()
+
+    def _may_ask(self) -> bool:
+        """Page requests are of use to what translates, and are requests like others."""
+        return self.ats.tlb is not None and self.bus_master
 
     def _may_send_changed(self) -> None:
         if self.page_requests is not None:
