@@ -5,6 +5,8 @@ of them is taken from the code under test.
 """
 
 import struct
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from guest_ram import PAGE, Ram
@@ -21,6 +23,7 @@ MEMORY = 4 << 20
 DEVICE_TABLE = 0x00_0000
 COMMANDS = 0x10_0000
 EVENTS = 0x20_0000
+PPRS = 0x26_0000
 SEMAPHORE = 0x28_0000
 TABLES = 0x29_0000
 DATA = 0x30_0000
@@ -28,18 +31,22 @@ NOWHERE = 0x7_0000_0000  # no memory there
 
 CONTROL, STATUS = 0x18, 0x2020
 COMMAND_HEAD, COMMAND_TAIL, EVENT_HEAD, EVENT_TAIL = 0x2000, 0x2008, 0x2010, 0x2018
+PPR_BASE, PPR_HEAD, PPR_TAIL = 0x38, 0x2030, 0x2038
 IOMMU_EN, EVENT_LOG_EN, EVENT_INT_EN, COM_WAIT_INT_EN, COMMAND_EN, GT_EN = 1, 1 << 2, 1 << 3, 1 << 4, 1 << 12, 1 << 16
+PPR_LOG_EN, PPR_INT_EN, PPR_EN = 1 << 13, 1 << 14, 1 << 15
 EVENT_OVERFLOW, EVENT_INT, COM_WAIT_INT, EVENT_RUN, COMMAND_RUN = 1, 2, 4, 8, 16
+PPR_OVERFLOW, PPR_INT, PPR_RUN = 1 << 5, 1 << 6, 1 << 7
 READ, WRITE = 1 << 61, 1 << 62
 
 IOVA = 0x7_1234_5000  # 35 bits, so that every level of four indexes something
 
-# What the Extended Feature Register offers (section 3.3.1): NX, GT, IA, GA; HATS six levels, GATS five, GLX three;
-# PASIDs of 16 bits, US; GIo, HA, HD
-OFFERED = 0b1101_1000 | 2 << 10 | 1 << 12 | 2 << 14 | 15 << 32 | 1 << 37 | 1 << 48 | 1 << 49 | 1 << 52
+# What the Extended Feature Register offers (section 3.3.1): PPR, NX, GT, IA, GA; HATS six levels, GATS five, GLX three;
+# PASIDs of 16 bits, US; GIo, HA, EPH, HD
+OFFERED = 0b1101_1010 | 2 << 10 | 1 << 12 | 2 << 14 | 15 << 32 | 1 << 37 | 1 << 48 | 1 << 49 | 1 << 50 | 1 << 52
 
 # Event codes and flags (section 2.5)
 ILLEGAL_ENTRY, PAGE_FAULT, DEVICE_TABLE_ERROR, PAGE_TABLE_ERROR, ILLEGAL_COMMAND, COMMAND_ERROR = 1, 2, 3, 4, 5, 6
+IOTLB_TIMEOUT, INVALID_REQUEST, INVALID_PPR = 7, 8, 9
 GN, NX, US, PR, RW, PE, RZ = 1 << 0, 1 << 1, 1 << 2, 1 << 4, 1 << 5, 1 << 6, 1 << 7
 MASTER_ABORT, DATA_ERROR = 1 << 9, 3 << 9  # Type of a hardware error
 
@@ -60,6 +67,29 @@ class Event:
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={getattr(self, name):#x}" for name in self.__dataclass_fields__)
         return f"Event({fields})"
+
+
+@dataclass(frozen=True)
+class PageRequest:
+    """An entry of the PPR log (section 2.6)."""
+
+    code: int
+    device: int
+    pasid: int
+    tag: int
+    last: bool
+    flags: int
+    address: int
+
+
+GN_PPR, US_PPR, WRITE_PPR, READ_PPR, EXECUTE_PPR = 1 << 8, 1 << 6, 1 << 5, 1 << 2, 1 << 1
+
+
+def parse_page_request(raw: bytes) -> PageRequest:
+    first, second, low, high = struct.unpack("<4I", raw)
+    pasid = first >> 16 | (second >> 10 & 0xF) << 16
+    tag, last, flags = second & 0x1FF, bool(second >> 9 & 1), second >> 16 & 0xFFF
+    return PageRequest(second >> 28, first & 0xFFFF, pasid, tag, last, flags, high << 32 | low)
 
 
 def parse_event(raw: bytes) -> Event:
@@ -99,6 +129,12 @@ def invalidate_device_tlb(
 
 def invalidate_interrupts(device: int) -> bytes:
     return struct.pack("<QQ", 5 << 60 | device, 0)
+
+
+def complete_ppr(device: int, tag: int, code: int = 0, pasid: int | None = None) -> bytes:
+    """Tag 105:96, code 111:108; with GN (66) a PASID in 51:32."""
+    guest = 0 if pasid is None else 4
+    return struct.pack("<QQ", 7 << 60 | (pasid or 0) << 32 | device, tag << 32 | code << 44 | guest)
 
 
 def invalidate_all() -> bytes:
@@ -223,9 +259,9 @@ class PageTable:
 class Vm:
     """Memory, engine and IOMMU of a VM with two endpoints, and a driver's hands on its registers."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.ram = Ram(MEMORY)
-        self.engine = Engine()
+        self.engine = Engine(clock=clock)
         context = self.engine.open()
         self.context = context
         self.stage2 = context.alloc()
@@ -241,14 +277,19 @@ class Vm:
         self.iommu.connect_interrupts(self._interrupted)
         self.engine.set_router(self.iommu.route)
         self.engine.on_fault(self.iommu.on_fault)
+        context.faults.on_ready(self._faults_ready)
         self.endpoint = self.engine.devices[ENDPOINT].port
         self.second = self.engine.devices[SECOND].port
-        self.command_size = self.event_size = 0
+        self.command_size = self.event_size = self.ppr_size = 0
         self.sequence = 0
 
     def close(self) -> None:
         self.engine.close()
         self.ram.close()
+
+    def _faults_ready(self) -> None:
+        for record in self.context.read_faults().records:
+            self.iommu.page_request(record)
 
     def _interrupted(self, vector: int) -> bool:
         assert vector == 0
@@ -305,6 +346,19 @@ class Vm:
         self.write(EVENT_HEAD, 0)
         self.write(EVENT_TAIL, 0)
 
+    def set_pprs(self, length: int, base: int = PPRS) -> None:
+        self.ppr_size = 16 << length
+        self.write(PPR_BASE, base | length << 56)
+        self.write(PPR_HEAD, 0)
+        self.write(PPR_TAIL, 0)
+
+    def start_pprs(self, length: int = 9) -> None:
+        """As Linux does: PPREn, the ring, its interrupt, PPRLogEn."""
+        self.control(set_=PPR_EN)
+        self.set_pprs(length)
+        self.control(set_=PPR_INT_EN)
+        self.control(set_=PPR_LOG_EN)
+
     # Queues
 
     def place(self, *commands: bytes) -> int:
@@ -333,6 +387,17 @@ class Vm:
             found.append(parse_event(self.ram.peek(EVENTS + head, 16)))
             head = (head + 16) % self.event_size
         self.write(EVENT_HEAD, head)
+        return found
+
+    def page_requests(self) -> list[PageRequest]:
+        """Take the entries out of the PPR log, and clear PPRInt."""
+        self.write(STATUS, PPR_INT)
+        head, tail = self.read(PPR_HEAD), self.read(PPR_TAIL)
+        found = []
+        while head != tail:
+            found.append(parse_page_request(self.ram.peek(PPRS + head, 16)))
+            head = (head + 16) % self.ppr_size
+        self.write(PPR_HEAD, head)
         return found
 
     # Device table

@@ -7,6 +7,7 @@ from amd_driver import (
     OFFERED,
     READ,
     WRITE,
+    complete_ppr,
     completion_wait,
     guest_entry,
     invalidate_all,
@@ -22,6 +23,7 @@ from backend.core import Access, Fault, Reason
 from backend.viommu.amd.command_buffer import UnreadableCommand, pending_commands
 from backend.viommu.amd.commands import (
     AddressRange,
+    CompletePpr,
     CompletionWait,
     IllegalCommand,
     InvalidateAll,
@@ -60,11 +62,13 @@ COMMAND_FIELDS = {
     3: (bits((47, 32)), bits((0, 0), (1, 1), (63, 12))),
     4: (bits((15, 0), (31, 24), (47, 32)), bits((0, 0), (63, 12))),
     5: (bits((15, 0)), 0),
+    7: (bits((15, 0)), bits((41, 32), (47, 44))),
     8: (0, 0),
 }
 GUEST_FIELDS = {
     3: (bits((19, 0)), bits((2, 2))),
     4: (bits((23, 16), (59, 48)), bits((2, 2))),
+    7: (bits((51, 32)), bits((2, 2))),
 }
 
 
@@ -173,6 +177,8 @@ class TestCommands:
                 InvalidatePages(7, AddressRange(0x5000, 0x1000), directories=False, pasid=0xA1234),
             ),
             (invalidate_interrupts(0x18), 5, InvalidateInterruptTable(0x18)),
+            (complete_ppr(0x18, 0x1FF, 1), 7, CompletePpr(0x18, 0x1FF, 1, None)),
+            (complete_ppr(0x18, 0x200, 15, 0xF1234), 7, CompletePpr(0x18, 0, 15, 0xF1234)),  # LAST is no part of a tag
             (invalidate_all(), 8, InvalidateAll()),
         ],
     )
@@ -184,9 +190,11 @@ class TestCommands:
         with pytest.raises(IllegalCommand, match=f"{number:#x}"):
             decode(struct.pack("<QQ", number << 60, 0), EFR)
 
-    def test_invalidate_all_needs_its_feature(self) -> None:
-        with pytest.raises(IllegalCommand, match="INVALIDATE_ALL"):
-            decode(invalidate_all(), EFR & ~IA)
+    @pytest.mark.parametrize(("raw", "feature"), [(invalidate_all(), IA), (complete_ppr(1, 1), PPR)])
+    def test_commands_that_need_a_feature(self, raw: bytes, feature: int) -> None:
+        decode(raw, EFR)
+        with pytest.raises(IllegalCommand, match="does not offer"):
+            decode(raw, EFR & ~feature)
 
     @pytest.mark.parametrize("number", COMMAND_FIELDS)
     def test_each_bit_is_a_field_or_reserved(self, number: int) -> None:

@@ -79,7 +79,7 @@ class TestPciFunction:
 class TestRegisters:
     def test_reset_values(self, vm: Vm) -> None:
         eight = 8 << 56  # 256 entries
-        values = {0x00: 0, 0x08: eight, 0x10: eight, 0x18: 0, 0x30: OFFERED, 0x1A0: 0, 0x2020: 0}
+        values = {0x00: 0, 0x08: eight, 0x10: eight, 0x38: eight, 0x18: 0, 0x30: OFFERED, 0x1A0: 0, 0x2020: 0}
         for offset in range(0, 0x4000, 8):
             assert vm.read(offset) == values.get(offset, 0), hex(offset)
 
@@ -88,10 +88,13 @@ class TestRegisters:
             0x00: 0x000F_FFFF_FFFF_F1FF,
             0x08: 0x0F0F_FFFF_FFFF_F000,
             0x10: 0x0F0F_FFFF_FFFF_F000,
+            0x38: 0x0F0F_FFFF_FFFF_F000,
             0x2000: 0x7FFF0,
             0x2008: 0x7FFF0,
             0x2010: 0x7FFF0,
             0x2018: 0x7FFF0,
+            0x2030: 0x7FFF0,
+            0x2038: 0x7FFF0,
         }
         for offset, mask in masks.items():
             vm.write(offset, (1 << 64) - 1)
@@ -101,9 +104,9 @@ class TestRegisters:
 
     def test_control_has_the_bits_of_what_is_offered(self, vm: Vm) -> None:
         vm.write(CONTROL, (1 << 64) - 1)
-        # IommuEn, EventLogEn, EventIntEn, ComWaitIntEn, InvTimeOut, PassPW, ResPassPW, Coherent, Isoc, CmdBufEn, GTEn,
-        # GAEn, HADUpdate
-        assert vm.read(CONTROL) == 0b1_1111_1111_1101 | 0b11 << 16 | 0b11 << 46
+        # IommuEn, EventLogEn, EventIntEn, ComWaitIntEn, InvTimeOut, PassPW, ResPassPW, Coherent, Isoc, CmdBufEn,
+        # PPRLogEn, PPRIntEn, PPREn, GTEn, GAEn, EPHEn, HADUpdate
+        assert vm.read(CONTROL) == 0b1_1111_1111_1101 | 0b1_1111 << 13 | 0b111 << 45
 
     def test_status_is_cleared_by_writing_ones(self, vm: Vm) -> None:
         vm.start()
@@ -243,7 +246,7 @@ class TestDeviceTable:
         assert reason(started.endpoint.read(IOVA, 1)) == Reason.NO_ROUTE
         assert started.events() == [Event(ILLEGAL_ENTRY, ENDPOINT, 0, 0, IOVA)]
 
-    @pytest.mark.parametrize(("low", "high"), [(1 << 52, 0), (1 << 63, 0), (1 << 2, 0), (0, 1 << 42), (2 << 7, 0)])
+    @pytest.mark.parametrize(("low", "high"), [(1 << 3, 0), (1 << 63, 0), (1 << 2, 0), (0, 1 << 42), (2 << 7, 0)])
     def test_reserved_bits_and_features_not_offered_are_illegal(self, started: Vm, low: int, high: int) -> None:
         started.set_entry(ENDPOINT, device_entry(TABLES, 4, 3, low=3 | READ | WRITE | low, high=high))
         assert reason(started.endpoint.write(IOVA, b"x")) == Reason.NO_ROUTE

@@ -1,9 +1,25 @@
 """The command buffer: a ring in guest memory, read in order from head to tail (publication 48882, section 2.4)."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from backend.core import Fault
-from backend.viommu.amd.commands import COMMAND_SIZE
+from backend.pci.registers import RegisterTable
+from backend.viommu.amd.commands import COMMAND_SIZE, Command, IllegalCommand, Opcode, decode
+from backend.viommu.amd.event_log import EventCode, event
+from backend.viommu.amd.faults import hardware_error
+from backend.viommu.amd.registers import (
+    COMMAND_BASE,
+    COMMAND_HEAD,
+    COMMAND_TAIL,
+    Status,
+    ring_address,
+    ring_size,
+)
+from backend.viommu.amd.status import StatusRegister
+
+log = logging.getLogger(__name__)
 
 _PAGE = 0x1000
 
@@ -13,6 +29,15 @@ class UnreadableCommand(Exception):
 
     def __init__(self, address: int, fault: Fault) -> None:
         super().__init__(f"no command can be read at {address:#x}: {fault.reason.name}")
+        self.address = address
+        self.fault = fault
+
+
+class StoreFailed(Exception):
+    """Guest memory did not take the store of a COMPLETION_WAIT."""
+
+    def __init__(self, address: int, fault: Fault) -> None:
+        super().__init__(f"the completion store to {address:#x} was not taken: {fault.reason.name}")
         self.address = address
         self.fault = fault
 
@@ -35,3 +60,66 @@ def pending_commands(
         for position in range(0, end - offset, COMMAND_SIZE):
             yield offset + position, raw[position : position + COMMAND_SIZE]
         offset = end % size
+
+
+class CommandBuffer:
+    """Runs the commands of the ring. Its registers are the owner's.
+
+    `execute(command, address)` does one (its GPA is for events), and answers False for one that must wait: then the
+    buffer stands still with the head at it, and `run` tries it again. `report(event)` logs.
+    """
+
+    def __init__(
+        self,
+        registers: RegisterTable,
+        status: StatusRegister,
+        efr: int,
+        *,
+        read: Callable[[int, int], bytes | Fault],
+        execute: Callable[[Command, int], bool],
+        report: Callable[[bytes], object],
+    ) -> None:
+        self._registers = registers
+        self._status = status
+        self._efr = efr
+        self._read = read
+        self._execute = execute
+        self._report = report
+        self._running = False
+        self.done: Counter[Opcode] = Counter()
+        """Commands, by opcode."""
+
+    def run(self) -> None:
+        """All commands up to the tail, while the buffer runs: one round of the ring (at most 32,768) a call.
+
+        Called again by what a command does (a device that answers at once), it has nothing to do.
+        """
+        if self._running or not self._status & Status.CMD_BUF_RUN:
+            return
+        self._running = True
+        try:
+            self._run()
+        finally:
+            self._running = False
+
+    def _run(self) -> None:
+        registers = self._registers
+        base, size = ring_address(registers[COMMAND_BASE]), ring_size(registers[COMMAND_BASE])
+        head, tail = registers[COMMAND_HEAD], registers[COMMAND_TAIL]
+        try:
+            for offset, raw in pending_commands(self._read, base, size, head, tail):
+                opcode, command = decode(raw, self._efr)
+                if not self._execute(command, base + offset):
+                    return
+                self.done[opcode] += 1
+                registers[COMMAND_HEAD] = (offset + len(raw)) % size
+        except IllegalCommand as error:
+            self._halt(EventCode.ILLEGAL_COMMAND_ERROR, base + registers[COMMAND_HEAD], 0, error)
+        except (UnreadableCommand, StoreFailed) as error:
+            self._halt(EventCode.COMMAND_HARDWARE_ERROR, error.address, hardware_error(error.fault), error)
+
+    def _halt(self, code: EventCode, address: int, flags: int, error: Exception) -> None:
+        """Stop at the command that the head pointer names (sections 2.5.6, 2.5.7)."""
+        log.debug("%s: %s", code.name, error)
+        self._status.change(clear=Status.CMD_BUF_RUN)
+        self._report(event(code, address=address, flags=flags))

@@ -71,6 +71,14 @@ class InvalidateInterruptTable:
 
 
 @dataclass(frozen=True, slots=True)
+class CompletePpr:
+    device_id: int
+    tag: int  # of the request, without its LAST bit
+    code: int  # PCI Express response code: 0 success, 1 invalid request, 15 response failure
+    pasid: int | None  # GN; None: the answer carries none
+
+
+@dataclass(frozen=True, slots=True)
 class InvalidateAll:
     pass
 
@@ -81,6 +89,7 @@ Command = (
     | InvalidatePages
     | InvalidateDeviceTlb
     | InvalidateInterruptTable
+    | CompletePpr
     | InvalidateAll
 )
 
@@ -129,6 +138,11 @@ def _invalidate_interrupt_table(low: int, _high: int) -> Command:
     return InvalidateInterruptTable(low & 0xFFFF)
 
 
+def _complete_ppr(low: int, high: int) -> Command:
+    pasid = low >> 32 & 0xF_FFFF if high & _GN else None
+    return CompletePpr(low & 0xFFFF, high >> 32 & 0x1FF, high >> 44 & 0xF, pasid)
+
+
 def _invalidate_all(_low: int, _high: int) -> Command:
     return InvalidateAll()
 
@@ -161,6 +175,15 @@ _FORMATS = (
         _GN,
     ),
     _Format(Opcode.INVALIDATE_INTERRUPT_TABLE, 0xFFFF, 0, 0, _invalidate_interrupt_table),
+    _Format(
+        Opcode.COMPLETE_PPR_REQUEST,
+        0xFFFF,
+        0xF3FF << 32,
+        int(Efr.PPR),
+        _complete_ppr,
+        0x000F_FFFF_0000_0000,
+        _GN,
+    ),
     _Format(Opcode.INVALIDATE_IOMMU_ALL, 0, 0, int(Efr.INVALIDATE_ALL), _invalidate_all),
 )
 _BY_OPCODE = {int(form.opcode): form for form in _FORMATS}

@@ -1,12 +1,18 @@
-"""Events: their 16 bytes (section 2.5 of publication 48882), and the ring in guest memory that they are written to."""
+"""Events: their 16 bytes (section 2.5 of publication 48882), and the log that they are written to."""
 
 from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
 
 from backend.core import Access, Fault
+from backend.pci.registers import RegisterTable
+from backend.viommu.amd.log_ring import LogRegisters, LogRing
+from backend.viommu.amd.registers import EVENT_BASE, EVENT_HEAD, EVENT_TAIL, Status
+from backend.viommu.amd.status import StatusRegister
 
-EVENT_SIZE = 16
+_REGISTERS = LogRegisters(
+    EVENT_BASE, EVENT_HEAD, EVENT_TAIL, Status.EVENT_LOG_RUN, Status.EVENT_LOG_INT, Status.EVENT_OVERFLOW
+)
 
 
 class EventCode(IntEnum):
@@ -16,6 +22,9 @@ class EventCode(IntEnum):
     PAGE_TAB_HARDWARE_ERROR = 4
     ILLEGAL_COMMAND_ERROR = 5
     COMMAND_HARDWARE_ERROR = 6
+    IOTLB_INV_TIMEOUT = 7
+    INVALID_DEVICE_REQUEST = 8
+    INVALID_PPR_REQUEST = 9
 
 
 class EventFlag:
@@ -52,35 +61,17 @@ def code_of(raw: bytes) -> EventCode:
     return EventCode(raw[7] >> 4)
 
 
-class EventNotWritten(Exception):
-    """Guest memory does not take an event where the log stands; the text says where."""
+class EventLog(LogRing):
+    """The event log, with counts of what was logged and what was lost."""
 
-
-class EventLog:
-    """The ring in guest memory that events are written to. Its registers are the owner's; here are only counts.
-
-    `write(gpa, data)` is the IOMMU's own DMA.
-    """
-
-    def __init__(self, write: Callable[[int, bytes], Fault | None]) -> None:
-        self._write = write
+    def __init__(
+        self, registers: RegisterTable, status: StatusRegister, write: Callable[[int, bytes], Fault | None]
+    ) -> None:
+        super().__init__(registers, status, _REGISTERS, write)
         self.logged: Counter[EventCode] = Counter()
         self.lost: Counter[EventCode] = Counter()
 
-    def append(self, raw: bytes, base: int, size: int, head: int, tail: int) -> int | None:
-        """Write one event at `tail` and answer with the next tail, or None when the ring is full.
-
-        `base` is a GPA, the rest are bytes. One entry always stays free: head equal to tail means empty. Raises
-        EventNotWritten.
-        """
-        following = (tail + EVENT_SIZE) % size
-        code = code_of(raw)
-        if following == head:
-            self.lost[code] += 1
-            return None
-        fault = self._write(base + tail, raw)
-        if fault is not None:
-            self.lost[code] += 1
-            raise EventNotWritten(f"the event log takes no entry at {base + tail:#x}: {fault.reason.name}")
-        self.logged[code] += 1
-        return following
+    def append(self, raw: bytes) -> bool:
+        written = super().append(raw)
+        (self.logged if written else self.lost)[code_of(raw)] += 1
+        return written

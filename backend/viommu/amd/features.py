@@ -42,7 +42,7 @@ PASID_BITS = 16
 
 EFR_FIELDS = (
     EfrField("PreFSup", 0, 1, 0, "a prefetch would have to ask the engine for a walk, which no command of it does"),
-    EfrField("PPRSup", 1, 1, 0, "no page-request log"),
+    EfrField("PPRSup", 1, 1, 1, "page requests of devices in a log, answered by COMPLETE_PPR_REQUEST"),
     EfrField("XTSup", 2, 1, 0, "interrupts do not pass through this IOMMU: QEMU delivers them"),
     EfrField("NXSup", 3, 1, 1, "bit 63 of a guest table's entries forbids requests that execute"),
     EfrField("GTSup", 4, 1, 1, "guest (v2) tables, found through a GCR3 table for each PASID"),
@@ -80,7 +80,9 @@ EFR_FIELDS = (
     EfrField("MsiCapMmioSup", 46, 1, 0, "the MSI capability is reached through configuration space"),
     EfrField("GIoSup", 48, 1, 1, "requests without a PASID through the table of PASID 0 (DTE.GIoV)"),
     EfrField("HASup", 49, 1, 1, "accessed bits of host tables, as DTE.HAD asks"),
-    EfrField("EPHSup", 50, 1, 0, "belongs to page requests"),
+    EfrField(
+        "EPHSup", 50, 1, 1, "DTE.GPRP: an answer always tells the PASID of its request, which a device may ignore"
+    ),
     EfrField("AttrFWSup", 51, 1, 0, "requests have no attributes here"),
     EfrField("HDSup", 52, 1, 1, "dirty bits of host tables, as DTE.HAD asks"),
     EfrField("InvIotlbTypeSup", 54, 1, 0, "an invalidation of a device TLB has one type: its pages"),

@@ -9,27 +9,27 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from backend.core import Fault
-from backend.ioasid import Context, IoasidError
+from backend.ioasid import Context, FaultRecord, IoasidError
 from backend.pci import Bar, Msi, PciFunction, PciIds, RawCapability, ResetKind
 from backend.pci.registers import WriteHook
 from backend.viommu.amd import features
-from backend.viommu.amd.command_buffer import UnreadableCommand, pending_commands
+from backend.viommu.amd.command_buffer import CommandBuffer, StoreFailed
 from backend.viommu.amd.commands import (
     Command,
+    CompletePpr,
     CompletionWait,
-    IllegalCommand,
     InvalidateAll,
     InvalidateDeviceEntry,
     InvalidateDeviceTlb,
     InvalidateInterruptTable,
     InvalidatePages,
     Opcode,
-    decode,
 )
 from backend.viommu.amd.device_table import EVERYTHING, Decision, DeviceTable, Verdict
 from backend.viommu.amd.domains import Domains
-from backend.viommu.amd.event_log import EventCode, EventLog, EventNotWritten, code_of, event
-from backend.viommu.amd.faults import hardware_error, request_event
+from backend.viommu.amd.event_log import EventCode, EventLog, code_of
+from backend.viommu.amd.faults import request_event
+from backend.viommu.amd.ppr_log import PprLog
 from backend.viommu.amd.registers import (
     BAR_SIZE,
     COMMAND_BASE,
@@ -40,34 +40,36 @@ from backend.viommu.amd.registers import (
     EVENT_BASE,
     EVENT_HEAD,
     EVENT_TAIL,
+    PPR_BASE,
+    PPR_HEAD,
+    PPR_TAIL,
     STATUS,
     Control,
     Status,
     register_table,
-    ring_address,
     ring_size,
 )
+from backend.viommu.amd.status import StatusRegister
 
 log = logging.getLogger(__name__)
 
 IDS = PciIds(vendor=0x1022, device=0x1419, class_code=0x080600)
 
-
-class StoreFailed(Exception):
-    """Guest memory did not take the store of a COMPLETION_WAIT."""
-
-    def __init__(self, address: int, fault: Fault) -> None:
-        super().__init__(f"the completion store to {address:#x} was not taken: {fault.reason.name}")
-        self.address = address
-        self.fault = fault
+_RINGS = (
+    (Control.EVENT_LOG_EN, Status.EVENT_LOG_RUN, EVENT_BASE),
+    (Control.PPR_LOG_EN, Status.PPR_LOG_RUN, PPR_BASE),
+    (Control.CMD_BUF_EN, Status.CMD_BUF_RUN, COMMAND_BASE),
+)
+"""Each ring's enable bit, run bit and base."""
 
 
 class AmdIommu(PciFunction):
     """An AMD IOMMU for `endpoints` (RIDs), for the VM whose memory is the IOASID `stage2` of `context`.
 
     The owner binds the endpoints' devices and this function's own to the context, attaches this function's own to
-    `stage2`, and hands `route` and `on_fault` to the engine. Attachments of the endpoints are this front end's: they
-    come with an endpoint's first request and go when the guest invalidates.
+    `stage2`, hands `route` and `on_fault` to the engine, and records of the context's fault queue that are page
+    requests of `endpoints` to `page_request`. Attachments of the endpoints are this front end's: they come with an
+    endpoint's first request and go when the guest invalidates. Several IOMMUs may share a context.
 
     `on_enable` is called when the guest has turned the IOMMU on, `on_disable` when it turns it off, before a route
     changes: what is counted between the two passed the guest's device table.
@@ -88,20 +90,26 @@ class AmdIommu(PciFunction):
         self.endpoints = frozenset(endpoints)
         self.domains = Domains(context, stage2)
         self.device_table = DeviceTable(self._read_memory, features.EFR)
-        self.event_log = EventLog(self._write_memory)
+        self.status = StatusRegister(self.registers, self.interrupt)
+        self.event_log = EventLog(self.registers, self.status, self._write_memory)
+        self.ppr_log = PprLog(context, self.registers, self.status, self._write_memory)
+        self.command_buffer = CommandBuffer(
+            self.registers,
+            self.status,
+            features.EFR,
+            read=self._read_memory,
+            execute=self._execute,
+            report=self.event_log.append,
+        )
         self.on_enable: Callable[[], None] | None = None
         self.on_disable: Callable[[], None] | None = None
         self.enables = 0
         """Times that the guest turned the IOMMU on."""
-        self.commands: Counter[Opcode] = Counter()
-        """Commands done, by opcode."""
         self.aborted = 0
         """Requests that were translated to where no memory is: they end there, which is no event of an IOMMU."""
         self._page_faulted: set[int] = set()
         """Endpoints with a page fault since their entry was read, for SE."""
-        self._interrupting = 0
-        """Status bits whose interrupt was raised and which software has not cleared since."""
-        command_run, event_run = Status.CMD_BUF_RUN, Status.EVENT_LOG_RUN
+        command_run, event_run, ppr_run = Status.CMD_BUF_RUN, Status.EVENT_LOG_RUN, Status.PPR_LOG_RUN
         for register, hook in (
             (COMMAND_BASE, self._base_hook(COMMAND_BASE, COMMAND_HEAD, COMMAND_TAIL, command_run)),
             (COMMAND_HEAD, self._pointer_hook(COMMAND_HEAD, COMMAND_BASE, command_run)),
@@ -109,8 +117,11 @@ class AmdIommu(PciFunction):
             (EVENT_BASE, self._base_hook(EVENT_BASE, EVENT_HEAD, EVENT_TAIL, event_run)),
             (EVENT_HEAD, self._pointer_hook(EVENT_HEAD, EVENT_BASE, 0)),
             (EVENT_TAIL, self._pointer_hook(EVENT_TAIL, EVENT_BASE, event_run)),
+            (PPR_BASE, self._base_hook(PPR_BASE, PPR_HEAD, PPR_TAIL, ppr_run)),
+            (PPR_HEAD, self._pointer_hook(PPR_HEAD, PPR_BASE, 0)),
+            (PPR_TAIL, self._pointer_hook(PPR_TAIL, PPR_BASE, ppr_run)),
             (CONTROL, self._control_written),
-            (STATUS, lambda _new, _old: self._raise_interrupts()),
+            (STATUS, lambda _new, _old: self.status.update()),
         ):
             self.registers.on_write(register, hook)
 
@@ -120,9 +131,14 @@ class AmdIommu(PciFunction):
         return bool(self.registers[CONTROL] & Control.IOMMU_EN)
 
     @property
+    def commands(self) -> Counter[Opcode]:
+        """Commands done, by opcode."""
+        return self.command_buffer.done
+
+    @property
     def event_log_range(self) -> tuple[int, int]:
         """GPA and bytes of the guest's event log: the one part of memory that a refused request changes."""
-        return ring_address(self.registers[EVENT_BASE]), ring_size(self.registers[EVENT_BASE])
+        return self.event_log.range
 
     def stage1(self, rid: int) -> str | None:
         """The tables that the guest gave this endpoint for requests without a PASID, in words; None: it gave none."""
@@ -141,7 +157,7 @@ class AmdIommu(PciFunction):
         super().reset(kind)
         self.device_table.guest_enabled = False
         self._forget_all()
-        self._interrupting = 0
+        self.status.reset()
 
     # What the engine asks and tells
 
@@ -168,10 +184,21 @@ class AmdIommu(PciFunction):
         if raw is None:
             self.aborted += 1
         elif code_of(raw) is not EventCode.IO_PAGE_FAULT:
-            self._log_event(raw)
+            self.event_log.append(raw)
         elif not verdict.suppress_all and not (verdict.suppress_repeated and fault.rid in self._page_faulted):
             self._page_faulted.add(fault.rid)
-            self._log_event(raw)
+            self.event_log.append(raw)
+
+    def page_request(self, record: FaultRecord) -> None:
+        """Log a page request of an endpoint, or answer it where the guest does not want any."""
+        if not record.recoverable or record.rid not in self.endpoints:
+            return
+        wanted = False
+        if self.enabled and self.registers[CONTROL] & Control.PPR_EN:
+            wanted = self.device_table.look_up(record.rid, self.registers[DEVICE_TABLE_BASE]).page_requests
+        refused = self.ppr_log.request(record, wanted=wanted)
+        if refused is not None and self.enabled:
+            self.event_log.append(refused)
 
     def _attach(self, rid: int, verdict: Verdict) -> bool:
         try:
@@ -217,7 +244,7 @@ class AmdIommu(PciFunction):
         if new >= ring_size(self.registers[COMMAND_BASE]):
             self.registers[COMMAND_TAIL] = old
         else:
-            self._run_commands()
+            self.command_buffer.run()
 
     def _control_written(self, new: int, old: int) -> None:
         turned = (new ^ old) & Control.IOMMU_EN
@@ -230,10 +257,10 @@ class AmdIommu(PciFunction):
             self.enables += 1
             if self.on_enable is not None:
                 self.on_enable()
-        self._follow(new, old, Control.EVENT_LOG_EN, Status.EVENT_LOG_RUN, EVENT_BASE)
-        self._follow(new, old, Control.CMD_BUF_EN, Status.CMD_BUF_RUN, COMMAND_BASE)
-        self._raise_interrupts()
-        self._run_commands()
+        for enable, run, base in _RINGS:
+            self._follow(new, old, enable, run, base)
+        self.status.update()
+        self.command_buffer.run()
 
     def _follow(self, new: int, old: int, enable: int, run: int, base: str) -> None:
         """A run bit follows its enable bit and IommuEn: a halted ring starts again only when one of them goes 0 to 1.
@@ -242,53 +269,13 @@ class AmdIommu(PciFunction):
         """
         needed = enable | Control.IOMMU_EN
         if new & needed != needed:
-            self._change_status(clear=run)
+            self.status.change(clear=run)
         elif old & needed != needed and ring_size(self.registers[base]):
-            self._change_status(set_=run)
-
-    def _change_status(self, *, set_: int = 0, clear: int = 0) -> None:
-        self.registers[STATUS] = self.registers[STATUS] & ~clear | set_
-        self._raise_interrupts()
-
-    def _raise_interrupts(self) -> None:
-        """One interrupt when a status bit and its enable bit have come together, the next after software cleared it."""
-        control = self.registers[CONTROL]
-        wanted = 0
-        if control & Control.EVENT_INT_EN:
-            wanted |= Status.EVENT_LOG_INT | Status.EVENT_OVERFLOW
-        if control & Control.COM_WAIT_INT_EN:
-            wanted |= Status.COM_WAIT_INT
-        wanted &= self.registers[STATUS]
-        if wanted & ~self._interrupting:
-            self.interrupt()
-        self._interrupting = wanted
+            self.status.change(set_=run)
 
     # Commands
 
-    def _run_commands(self) -> None:
-        """All commands up to the tail, while the buffer runs: one round of the ring (at most 32,768) a doorbell."""
-        if not self.registers[STATUS] & Status.CMD_BUF_RUN:
-            return
-        base, size = ring_address(self.registers[COMMAND_BASE]), ring_size(self.registers[COMMAND_BASE])
-        head, tail = self.registers[COMMAND_HEAD], self.registers[COMMAND_TAIL]
-        try:
-            for offset, raw in pending_commands(self._read_memory, base, size, head, tail):
-                opcode, command = decode(raw, features.EFR)
-                self._execute(command)
-                self.commands[opcode] += 1
-                self.registers[COMMAND_HEAD] = (offset + len(raw)) % size
-        except IllegalCommand as error:
-            self._halt(EventCode.ILLEGAL_COMMAND_ERROR, base + self.registers[COMMAND_HEAD], 0, error)
-        except (UnreadableCommand, StoreFailed) as error:
-            self._halt(EventCode.COMMAND_HARDWARE_ERROR, error.address, hardware_error(error.fault), error)
-
-    def _halt(self, code: EventCode, address: int, flags: int, error: Exception) -> None:
-        """Stop at the command that the head pointer names (sections 2.5.6, 2.5.7)."""
-        log.debug("%s: %s: %s", self.name, code.name, error)
-        self._change_status(clear=Status.CMD_BUF_RUN)
-        self._log_event(event(code, address=address, flags=flags))
-
-    def _execute(self, command: Command) -> None:
+    def _execute(self, command: Command, _address: int) -> bool:
         match command:
             case CompletionWait():
                 self._complete(command)
@@ -300,8 +287,12 @@ class AmdIommu(PciFunction):
                 self.domains.invalidate_guest(command.domain_id, pasid, command.range)
             case InvalidateAll():
                 self._forget_all()
+            case CompletePpr():
+                if command.device_id in self.endpoints:
+                    self.ppr_log.complete(command)
             case InvalidateDeviceTlb() | InvalidateInterruptTable():
                 pass  # no endpoint has a device TLB, and interrupts do not pass here: nothing of either is cached
+        return True
 
     def _complete(self, command: CompletionWait) -> None:
         """Every command is done before the next one is read, so the flush bit has nothing left to wait for."""
@@ -310,29 +301,7 @@ class AmdIommu(PciFunction):
             if fault is not None:
                 raise StoreFailed(command.store_address, fault)
         if command.interrupt:
-            self._change_status(set_=Status.COM_WAIT_INT)
-
-    # Events
-
-    def _log_event(self, raw: bytes) -> None:
-        """Write an event and move the tail; a full log stops, and so does one that guest memory does not take."""
-        status = self.registers[STATUS]
-        if not status & Status.EVENT_LOG_RUN or status & Status.EVENT_OVERFLOW:
-            self.event_log.lost[code_of(raw)] += 1
-            return
-        base = self.registers[EVENT_BASE]
-        head, tail = self.registers[EVENT_HEAD], self.registers[EVENT_TAIL]
-        try:
-            following = self.event_log.append(raw, ring_address(base), ring_size(base), head, tail)
-        except EventNotWritten as error:
-            log.debug("%s: %s", self.name, error)
-            self._change_status(clear=Status.EVENT_LOG_RUN)
-            return
-        if following is None:
-            self._change_status(set_=Status.EVENT_OVERFLOW, clear=Status.EVENT_LOG_RUN)
-        else:
-            self.registers[EVENT_TAIL] = following
-            self._change_status(set_=Status.EVENT_LOG_INT)
+            self.status.change(set_=Status.COM_WAIT_INT)
 
     # Memory
 

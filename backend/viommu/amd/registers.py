@@ -23,6 +23,9 @@ class Control:
     EVENT_INT_EN = 1 << 3
     COM_WAIT_INT_EN = 1 << 4
     CMD_BUF_EN = 1 << 12
+    PPR_LOG_EN = 1 << 13
+    PPR_INT_EN = 1 << 14
+    PPR_EN = 1 << 15
     GT_EN = 1 << 16
 
 
@@ -49,10 +52,15 @@ class Status:
     COM_WAIT_INT = 1 << 2
     EVENT_LOG_RUN = 1 << 3
     CMD_BUF_RUN = 1 << 4
+    PPR_OVERFLOW = 1 << 5
+    PPR_INT = 1 << 6
+    PPR_LOG_RUN = 1 << 7
 
 
-STATUS_CLEARED_BY_SOFTWARE = Status.EVENT_OVERFLOW | Status.EVENT_LOG_INT | Status.COM_WAIT_INT
-STATUS_RUN = Status.EVENT_LOG_RUN | Status.CMD_BUF_RUN
+STATUS_CLEARED_BY_SOFTWARE = (
+    Status.EVENT_OVERFLOW | Status.EVENT_LOG_INT | Status.COM_WAIT_INT | Status.PPR_OVERFLOW | Status.PPR_INT
+)
+STATUS_RUN = Status.EVENT_LOG_RUN | Status.CMD_BUF_RUN | Status.PPR_LOG_RUN
 
 DEVICE_TABLE_BASE = "Device Table Base Address"
 COMMAND_BASE = "Command Buffer Base Address"
@@ -63,6 +71,9 @@ COMMAND_HEAD = "Command Buffer Head Pointer"
 COMMAND_TAIL = "Command Buffer Tail Pointer"
 EVENT_HEAD = "Event Log Head Pointer"
 EVENT_TAIL = "Event Log Tail Pointer"
+PPR_BASE = "PPR Log Base Address"
+PPR_HEAD = "PPR Log Head Pointer"
+PPR_TAIL = "PPR Log Tail Pointer"
 
 
 def control_mask(efr: int) -> int:
@@ -83,12 +94,15 @@ def register_table(efr: int) -> RegisterTable:
             Register(EVENT_BASE, 0x0010, 8, reset=LENGTH_RESET, rw=ring, section="3.3.1"),
             Register(CONTROL, 0x0018, 8, rw=control_mask(efr), section="3.3.1"),
             Register("Extended Feature", 0x0030, 8, reset=efr, ro=efr, section="3.3.1"),
+            Register(PPR_BASE, 0x0038, 8, reset=LENGTH_RESET, rw=ring, section="3.3.1"),
             Register("Extended Feature 2", 0x01A0, 8, reset=EFR2, ro=EFR2, section="3.3.1"),
             Register(COMMAND_HEAD, 0x2000, 8, rw=POINTER_FIELD, section="3.3.13"),
             Register(COMMAND_TAIL, 0x2008, 8, rw=POINTER_FIELD, section="3.3.13"),
             Register(EVENT_HEAD, 0x2010, 8, rw=POINTER_FIELD, section="3.3.13"),
             Register(EVENT_TAIL, 0x2018, 8, rw=POINTER_FIELD, section="3.3.13"),
             Register(STATUS, 0x2020, 8, ro=STATUS_RUN, w1c=STATUS_CLEARED_BY_SOFTWARE, section="3.3.14"),
+            Register(PPR_HEAD, 0x2030, 8, rw=POINTER_FIELD, section="3.3.13"),
+            Register(PPR_TAIL, 0x2038, 8, rw=POINTER_FIELD, section="3.3.13"),
         )
     )
 
