@@ -21,11 +21,13 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(400)]
 
 COMMAND = [sys.executable, "-m", "backend.cli.main"]
 BOOTS = ("boot", "reboot", "second-qemu-strict", "two-cpus-4-gib")
+V2_BOOTS = ("v2-4-levels", "v2-5-levels")
 # what the guest itself says of translation, of its data, and of DMA that it did not allow
 CHECKS = (
     "iommu/group-type", "data/read-back", "data/host-copy", "filesystem/check", "filesystem/compare",
     "isolation/never-mapped", "isolation/never-mapped-logged", "isolation/unmapped", "isolation/unmapped-logged",
     "isolation/page-unchanged", "log/faults", "log/iommu-commands", "log/nvme", "dma/translated", "dma/bypassed",
+    "dma/tables",
 )  # fmt: skip
 
 
@@ -113,6 +115,9 @@ def test_every_check_of_every_boot_passes(full: tuple[subprocess.CompletedProces
     for boot in BOOTS:
         for check in CHECKS:
             assert status.get(f"{boot}/{check}") == "pass", f"{boot}/{check}"
+    for boot in V2_BOOTS:
+        for check in (each for each in CHECKS if not each.startswith("filesystem/")):
+            assert status.get(f"{boot}/{check}") == "pass", f"{boot}/{check}"
     assert "fail" not in status.values()
     assert "skip" not in status.values()
     assert report["log_dir"] is None
@@ -128,17 +133,20 @@ def test_what_the_guests_were(full: tuple[subprocess.CompletedProcess[str], Plac
         "of type DMA"
     )  # iommu.strict=1, in Linux's own words
     assert "on each of 2 CPUs" in details["two-cpus-4-gib/queues/depth-1-size-4096"]
+    assert details["boot/dma/tables"].startswith("amd-v1, 3 levels, over ours: ")
+    assert details["v2-4-levels/dma/tables"].startswith("x86, 4 levels, over ours: ")
+    assert details["v2-5-levels/dma/tables"].startswith("x86, 5 levels, over ours: ")
     assert "intremap=off" in report["guest"]["command_line"]
 
 
 def test_dma_went_through_the_guests_tables(full: tuple[subprocess.CompletedProcess[str], Place]) -> None:
     dma = json.loads(full[0].stdout)["dma"]
-    # four boots, each writing and reading 64 MiB in requests of at most 1 MiB
-    assert dma["translations"] >= 4 * 128
-    assert dma["bytes"] >= 4 * (128 << 20)
+    # six boots, each writing and reading 64 MiB in requests of at most 1 MiB
+    assert dma["translations"] >= 6 * 128
+    assert dma["bytes"] >= 6 * (128 << 20)
     assert 0 < dma["moved"] <= dma["translations"]
     assert dma["bypassed"] == 0
-    assert dma["faults"] == 4 * 4  # a write and a read, at an address never mapped and at one unmapped
+    assert dma["faults"] == 6 * 4  # a write and a read, at an address never mapped and at one unmapped
     example = dma["example"]
     assert int(example["iova"], 16) != int(example["gpa"], 16)
 

@@ -31,7 +31,7 @@ def fill_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="also a reboot, a second QEMU with iommu.strict=1, and a third with 2 CPUs and 4 GiB",
+        help="also a reboot, and QEMUs with iommu.strict=1, with 2 CPUs and 4 GiB, with v2 tables of 4 and 5 levels",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
     parser.add_argument(
@@ -69,7 +69,8 @@ def _boot(machine: Machine, args: argparse.Namespace, folder: RunFolder) -> int:
         control = folder.socket(CONTROL)
 
         async def boot() -> Report:
-            plan = await placed(rounds(machine, full=args.full), parts, folder, disks, progress)
+            wanted = rounds(machine, full=args.full, five_levels=parts.five_levels)
+            plan = await placed(wanted, parts, folder, disks, progress)
             served = plan[0].machine
             backend = Backend(served, folder.sockets(served), disks, parts.libvfio_user, control=control)
             return await _run(backend, Boot(backend, parts, folder, progress), plan)

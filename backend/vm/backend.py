@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from backend.control.control import Control
-from backend.core import Fault
+from backend.core import Access, Fault
+from backend.core import Path as TranslationPath
 from backend.endpoints.nvme import Namespace, NvmeController
 from backend.ioasid import BEHIND_X86, Engine, Kind
 from backend.ioasid.page_timer import PageTimer
@@ -81,6 +82,14 @@ class Backend:
     def iommu_of(self, rid: int) -> AmdIommu:
         """The IOMMU before an endpoint."""
         return self._iommu_of[rid]
+
+    def look_up(
+        self, rid: int, iova: int, access: Access = Access.READ, pasid: int | None = None
+    ) -> TranslationPath | None:
+        """Where a request of a device would end, without being one (GET_INFO, LOOKUP); None: it has no route now."""
+        attached = self.context.get_info(rid=rid).attachments
+        routed = [each.ioasid for each in attached if each.pasid is None]
+        return self.context.lookup(routed[-1], iova, pasid=pasid, access=access) if routed else None
 
     def iommu_commands(self) -> Counter[Opcode]:
         """Commands done by all IOMMUs, by opcode."""

@@ -29,6 +29,7 @@ from backend.vm.traffic import Traffic
 POWER_OFF_SECONDS = 30  # Linux takes 0.2 s from the answer to the end of QEMU
 QEMU_GONE_SECONDS = 0.5  # between the end of QEMU's sockets and the end of its process; seen: 0.05
 RESETS_A_REBOOT = 2  # the guest's own, and another by SeaBIOS where it finds its memory as the guest left it
+V2_CHECKS = ("iommu", "data", "isolation", "log")  # what differs with the guest's tables
 CONSOLE_TAIL = 1 << 16  # bytes at the end of the console's log in which a panic is looked for
 
 
@@ -41,6 +42,8 @@ class Round:
     boots: Sequence[str] = ("boot",)
     placement: Placement | None = None
     """Where the firmware puts the functions; `Boot` needs to know."""
+    tables: str | None = None
+    """What the guest's driver must have built for the first NVMe controller; None: whatever it likes."""
 
 
 @dataclass(slots=True)
@@ -55,15 +58,23 @@ class Outcome:
     seconds: float
 
 
-def rounds(machine: Machine, *, full: bool) -> list[Round]:
-    """One boot; a full run reboots too, then has a strict guest in a second QEMU and a large one in a third."""
+def rounds(machine: Machine, *, full: bool, five_levels: bool = True) -> list[Round]:
+    """One boot; a full run reboots too, then has a strict guest in a second QEMU, a large one in a third, and guests
+    with v2 tables of four levels and, where the processor has `five_levels`, of five."""
     if not full:
         return [Round("boot", machine)]
     large = dataclasses.replace(machine, memory=4 << 30, cpus=2)
+    short = dataclasses.replace(machine, checks=tuple(name for name in machine.checks if name in V2_CHECKS))
+    v2 = short.with_options(append="amd_iommu=pgtbl_v2")
+    four = Round("v2-4-levels", v2.with_options(append="no5lvl"), ("v2-4-levels",), tables="x86, 4 levels")
+    la57 = v2.with_options(cpu=f"{v2.cpu},+la57")
+    five = [Round("v2-5-levels", la57, ("v2-5-levels",), tables="x86, 5 levels")] if five_levels else []
     return [
         Round("boot", machine, ("boot", "reboot")),
         Round("second-qemu-strict", machine.with_options(append="iommu.strict=1"), ("second-qemu-strict",)),
         Round("two-cpus-4-gib", large, ("two-cpus-4-gib",)),
+        four,
+        *five,
     ]
 
 
@@ -115,7 +126,9 @@ class Boot:
                     self.progress(f"{name}: starting")
                     step = Step.POWER_OFF if name == each.boots[-1] else Step.REBOOT
                     progress = partial(self._said, name)
-                    host = HostSide(self.backend, qemu, placement, step=step, progress=progress)
+                    host = HostSide(
+                        self.backend, qemu, placement, step=step, progress=progress, tables=each.tables
+                    )
                     session = GuestSession(reader, writer, Times(each.machine.limits.boot, each.machine.limits.checks))
                     await self._session(name, each, session, host, watch)
                 await self._ended(qemu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from backend.endpoints.dma_engine import DmaEngine
 from backend.endpoints.nvme import Namespace, NvmeController
 from backend.ioasid import BEHIND_X86, Traits
 from backend.pci import PciFunction
@@ -25,6 +26,11 @@ def _nvme(name: str, namespace: Namespace | None) -> PciFunction:
     return NvmeController(namespace, name=name)
 
 
+def _dma_engine(name: str, _namespace: Namespace | None) -> PciFunction:
+    return DmaEngine(name=name)
+
+
 ENDPOINT_MODELS: Mapping[str, EndpointModel] = {
     "nvme": EndpointModel(_nvme, disk=True),
+    "dma-engine": EndpointModel(_dma_engine),
 }

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping
 
-from backend.core import Access, Fault, Translation
+from backend.core import Access, Fault, Path, Translation
 from backend.endpoints.nvme import NvmeController
 from backend.vm import ktap
 from backend.vm.backend import Backend
@@ -35,13 +35,21 @@ class HostSide:
     """Handlers (backend.vm.guest_protocol) of one boot; `checks` and `traffic` hold what came of it."""
 
     def __init__(
-        self, backend: Backend, qemu: QemuProcess, placement: Placement, *, step: Step, progress: Callable[[str], None]
+        self,
+        backend: Backend,
+        qemu: QemuProcess,
+        placement: Placement,
+        *,
+        step: Step,
+        progress: Callable[[str], None],
+        tables: str | None = None,
     ) -> None:
         self._backend = backend
         self.qemu = qemu
         self._placement = placement
         self._step = step
         self._progress = progress
+        self._tables = tables
         self.checks: list[Check] = []
         self.traffic = Traffic()
         self.example: DmaExample | None = None
@@ -97,7 +105,7 @@ class HostSide:
             return Answer.fail(f"no transfer of {page.length} bytes to the guest is on record")
         try:
             async with asyncio.timeout(UNMAP_SECONDS):
-                while isinstance(self._look_up(config, last.iova, Access.WRITE), Translation):
+                while self._mapped(config, last.iova):
                     await asyncio.sleep(0.01)  # the guest may flush lazily
         except TimeoutError:
             return Answer.fail(f"IOVA {last.iova:#x} was still mapped {UNMAP_SECONDS} s after its transfer")
@@ -106,8 +114,10 @@ class HostSide:
     async def next_step(self, result: GuestResult) -> Step:
         """Counted here, before a power-off turns the IOMMU off."""
         self.traffic = self._backend.traffic()
-        self.checks += self._traffic_checks()
         self.example = self._example()
+        self.checks += self._traffic_checks()
+        if self.example is not None:
+            self.checks.append(self._tables_check(self.example))
         return self._step
 
     def _endpoint(self, bdf: str) -> tuple[FunctionConfig, NvmeController] | None:
@@ -116,9 +126,9 @@ class HostSide:
                 return config, self._backend.controllers[config.name]
         return None
 
-    def _look_up(self, config: FunctionConfig, iova: int, access: Access) -> Translation | Fault:
-        """Where a request would end, without being one: the report counts the guest's DMA only."""
-        return self._backend.engine.core.lookup(config.rid, iova, access=access).result
+    def _mapped(self, config: FunctionConfig, iova: int) -> bool:
+        path = self._backend.look_up(config.rid, iova, Access.WRITE)
+        return path is not None and isinstance(path.result, Translation)
 
     async def _probe(self, config: FunctionConfig, controller: NvmeController, iova: int) -> OrderedFault | Answer:
         """Write and read at `iova` with the VM stopped, and compare all of its memory.
@@ -150,15 +160,21 @@ class HostSide:
         if config is None:
             return None
         iova = controllers[config.name].admin_queue
-        found = self._look_up(config, iova, Access.READ)
-        stage1 = self._backend.iommu_of(config.rid).stage1(config.rid)
-        if isinstance(found, Fault) or stage1 is None:
+        path = self._backend.look_up(config.rid, iova)
+        if path is None or isinstance(path.result, Fault) or path.stage1 is None:
             return None
-        stage2 = self._backend.context.get_info(self._backend.stage2).format
+        found = path.result
         return DmaExample(
             config.bdf, "read", COMMAND_BYTES, iova, found.gpa, found.hva,
-            stage1=stage1, stage2=f"AMD v1, {stage2.levels if stage2 else 0} levels",
+            stage1=tables(path, 1), stage2=tables(path, 2),
         )  # fmt: skip
+
+    def _tables_check(self, example: DmaExample) -> Check:
+        """Whether the guest's driver built what it was asked for, as it was walked."""
+        seen = f"{example.stage1}, over ours: {example.stage2}"
+        if self._tables is not None and example.stage1 != self._tables:
+            return Check("dma/tables", "fail", f"{seen}; the guest was to use {self._tables}")
+        return Check("dma/tables", "pass", seen)
 
     def _traffic_checks(self) -> list[Check]:
         traffic = self.traffic
@@ -190,3 +206,9 @@ class HostSide:
                 )
             )
         return checks
+
+
+def tables(path: Path, stage: int) -> str:
+    """The tables of a stage of a path, in words: "x86, 5 levels"."""
+    levels = [step.level for step in path.steps if step.stage == stage and not step.pasid_table]
+    return f"{path.stage1 if stage == 1 else path.stage2}, {max(levels, default=0)} levels"

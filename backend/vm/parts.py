@@ -48,6 +48,11 @@ class Parts:
             raise CannotRun(f"initramfs {initrd} does not exist or is no file; correct the path")
         return cls(qemu, image.vmlinuz, image.version, initrd, chosen.name, assets.libvfio_user().library, cache_dir())
 
+    @property
+    def five_levels(self) -> bool:
+        """Whether a guest can have a processor with five levels: TCG has one, KVM gives the host's."""
+        return self.accel != "kvm" or "la57" in Path("/proc/cpuinfo").read_text().split()
+
     def command(self, machine: Machine, sockets: Mapping[str, Path]) -> QemuCommand:
         """QEMU's line for a machine, as yet without an IVRS."""
         return QemuCommand(self.qemu.argv, machine, self.accel, sockets, self.kernel, self.initrd)
