@@ -23,6 +23,7 @@ from backend.vm.errors import CannotRun
 from backend.vm.lost import VmLost
 from backend.vm.machine import FunctionConfig, Machine
 from backend.vm.memory import VmMemory
+from backend.vm.page_traffic import PageMeter
 from backend.vm.traffic import Traffic, TrafficMeter
 from protocol import SocketRefused as ControlRefused
 
@@ -63,6 +64,8 @@ class Backend:
         self._iommu_of = {rid: iommu for iommu in self.iommus.values() for rid in iommu.endpoints}
         self._unshared = asyncio.Event()
         self.faults: deque[Fault] = deque(maxlen=FAULTS_KEPT)
+        self.pages = PageMeter()
+        self._reading = False
         self.servers = [self._connect(config, sockets) for config in machine.functions]
         self.meters = {name: TrafficMeter([endpoint.dma]) for name, endpoint in self.endpoints.items()}
         for config in machine.iommus:
@@ -71,6 +74,7 @@ class Backend:
             self.iommus[config.name].on_disable = partial(self._switched, config.name, on=False)
         self.engine.set_router(self._route)
         self.engine.on_fault(self._faulted)
+        self.context.faults.on_ready(self._records_wait)
         names = {self.context: machine.name}
         self.control = None if control is None else Control(self.engine, control, facts=self._facts, names=names)
 
@@ -97,6 +101,7 @@ class Backend:
 
     def begin_counting(self) -> None:
         """A guest starts: traffic counts from here."""
+        self.pages.begin()
         for meter in self.meters.values():
             meter.begin()
 
@@ -178,6 +183,22 @@ class Backend:
             self.meters[self.engine.devices[fault.rid].name].faulted()
             iommu.on_fault(fault)
 
+    def _records_wait(self) -> None:
+        """Page requests go to the IOMMU before their device; of faults, the IOMMU was told as they came.
+
+        Not while they are being read: an IOMMU that cannot write its log faults itself.
+        """
+        if self._reading:
+            return
+        self._reading = True
+        try:
+            while self.context.faults.unread:
+                for record in self.context.read_faults().records:
+                    if record.recoverable:
+                        self._iommu_of[record.rid].page_request(record)
+        finally:
+            self._reading = False
+
     def _switched(self, iommu: str, *, on: bool) -> None:
         """The guest turns an IOMMU on or off."""
         for config in self.machine.behind(iommu):
@@ -190,6 +211,8 @@ class Backend:
         device = self.engine.add_device(config.rid, config.name, traits)
         function.rid = config.rid
         function.connect_dma(device.port)
+        function.connect_page_requests(partial(self.pages.request, device))
+        function.connect_tlb(partial(self.engine.set_tlb, device))
         self.context.bind_device(config.rid)
 
         def mapped(region: DmaRegion) -> None:
