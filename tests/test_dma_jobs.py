@@ -99,11 +99,11 @@ def test_fill(host: Host, ring: Ring, length: int) -> None:
 def test_compare(host: Host, ring: Ring, length: int, place: str) -> None:
     source, target = (host.allocate(length // PAGE + 1) for _ in range(2))
     data = bytearray(noise(length))
-    host.poke(source, data)
+    host.poke(source, bytes(data))
     where = {"first": 0, "last": length - 1, "none": length, "slice": 262_144}[place]
     if where < length:
         data[where] ^= 1
-    host.poke(target, data)
+    host.poke(target, bytes(data))
     record = ring.do("COMPARE", source=source, target=target, length=length)
     assert record.status == (DIFFERENT if where < length else SUCCESS)
     assert record.done == min(where, length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from dma_driver import IOVA_BASE, MIB, Host, Ring
@@ -193,8 +194,7 @@ def test_jobs_chained_by_fences_see_what_came_before(host: Host) -> None:
     buffers = [host.allocate() for _ in range(40)]
     host.poke(buffers[0], b"handed on")
     records = [
-        ring.push("COPY", flags=FENCE, source=source, target=target, length=9)
-        for source, target in zip(buffers, buffers[1:], strict=False)
+        ring.push("COPY", flags=FENCE, source=source, target=target, length=9) for source, target in pairwise(buffers)
     ]
     ring.doorbell()
     assert {host.record(where).status for where in records} == {SUCCESS}
@@ -280,9 +280,14 @@ def test_many_jobs_of_a_batch_share_one_interrupt(host: Host) -> None:
 
 def test_an_interrupt_follows_its_record(host: Host) -> None:
     ring = started(host)
-    seen = []
+    seen: list[int] = []
     where = ring.push("NOP", flags=INTERRUPT)
-    host.function.connect_interrupts(lambda vector: seen.append(host.record(where).status) is None)
+
+    def interrupted(vector: int) -> bool:
+        seen.append(host.record(where).status)
+        return True
+
+    host.function.connect_interrupts(interrupted)
     ring.doorbell()
     assert seen == [SUCCESS]
 

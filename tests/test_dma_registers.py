@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
+from enum import IntEnum, IntFlag
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def host() -> Iterator[Host]:
     host.close()
 
 
-def names(kind: type[registers.IntEnum] | type[registers.IntFlag]) -> dict[str, int]:
+def names(kind: type[IntEnum] | type[IntFlag]) -> dict[str, int]:
     return {name: int(member) for name, member in kind.__members__.items()}
 
 

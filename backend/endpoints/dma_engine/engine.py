@@ -199,6 +199,8 @@ class DmaEngine(PciFunction):
 
     def _features(self) -> int:
         features = Feature.PASID if self.pasids.enabled else Feature(0)
+        if self.tlb is not None:
+            features |= Feature.ATS
         if self.desk.usable is not None:
             features |= Feature.PAGE_REQUESTS
         return int(features)
