@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from guest_ram import PAGE, Ram
 from ioasid_guest import DEV1, GOLDEN, Guest, gcr3_table
@@ -28,11 +29,19 @@ EXP_DEVCTL, EXP_FLR = 8, 0x8000
 READ = Access.READ
 
 
+class Config(Protocol):
+    """What reads and writes config space."""
+
+    def read(self, offset: int, size: int) -> int: ...
+
+    def write(self, offset: int, size: int, value: int) -> None: ...
+
+
 class Registers:
     """Config space by capability and register, as a driver sees it."""
 
-    def __init__(self, function: PciFunction) -> None:
-        self._config = function.config
+    def __init__(self, config: Config) -> None:
+        self._config = config
 
     def find(self, capability: int) -> int:
         """pci_find_ext_capability: walk the chain from 0x100."""
@@ -130,7 +139,7 @@ def connected(guest: Guest, *capabilities: Capability) -> tuple[PciFunction, Reg
     function.connect_dma(guest.dev1.port)
     function.connect_page_requests(guest.dev1.page_request)
     function.connect_tlb(lambda tlb: guest.engine.set_tlb(guest.dev1, tlb))
-    return function, Registers(function)
+    return function, Registers(function.config)
 
 
 class Process:

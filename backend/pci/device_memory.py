@@ -40,7 +40,8 @@ class DeviceMemory:
     requests are untranslated; so are those of a PASID for which the IOMMU does not support translation requests,
     until something of it is invalidated.
 
-    Requests carry a PASID only where the guest has enabled that: else they fault with PASID_OFF, and nobody hears of it.
+    Requests carry a PASID only where the guest has enabled that: else they fault with PASID_OFF, which nobody else
+    hears of.
     """
 
     def __init__(self, rid: Callable[[], int], port: FunctionPort, pasids: PasidControl, ats: AtsControl) -> None:
@@ -202,7 +203,7 @@ class DeviceMemory:
             segments, reached = [], 0
             fault: Fault | None = None
             for iova, length in parts:
-                at, fault = self._translate_part(tlb, pasid, iova, iova + length, access, segments)
+                at, fault = self._translate_part(tlb, (iova, pasid), length, access, segments)
                 reached += at - iova
                 if fault is not None:
                     break
@@ -211,20 +212,25 @@ class DeviceMemory:
         return [], 0, self._fault(pasid, parts[0][0], access, Reason.ENTRY_CHANGED)
 
     def _translate_part(
-        self, tlb: DeviceTlb, pasid: int | None, iova: int, end: int, access: Access, segments: Segments
+        self, tlb: DeviceTlb, place: Place, length: int, access: Access, segments: Segments
     ) -> tuple[int, Fault | None]:
-        """Append where [iova, end) lies; how far that reaches, and why not to the end."""
+        """Append where [iova, iova + length) lies; how far that reaches, and why not to the end."""
+        iova, pasid = place
+        end = iova + length
         if end > END:
             return iova, self._fault(pasid, iova, access, Reason.ADDRESS_WIDTH)
         found, at = tlb.find(pasid, iova, end, int(access))
         segments += found
         while at < end:
+            changes = tlb.changes
             reply = self._port.translate(at, end - at, access, pasid)
+            if tlb.changes != changes:
+                return at, None  # what it answers may be over: all begins anew
             tlb.keep(pasid, reply.translations)
             found, reached = tlb.find(pasid, at, end, int(access))
             segments += found
             fault = reply.fault
-            if fault is not None and (reached == at or reached == fault.iova):
+            if fault is not None and reached in {at, fault.iova}:
                 if fault.reason == Reason.ATS_OFF:
                     tlb.refuse(pasid)
                 return reached, fault if fault.iova == reached else replace(fault, iova=reached)
@@ -329,13 +335,14 @@ def _pieces(sg: Sequence[Part]) -> Iterator[list[Part]]:
     piece: list[Part] = []
     room = CHUNK
     for iova, length in sg:
-        while length > room:
-            piece.append((iova, room))
+        done = 0
+        while length - done > room:
+            piece.append((iova + done, room))
             yield piece
-            iova, length = iova + room, length - room
+            done += room
             piece, room = [], CHUNK
-        piece.append((iova, length))
-        room -= length
+        piece.append((iova + done, length - done))
+        room -= length - done
     yield piece
 
 

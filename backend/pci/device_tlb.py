@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from backend.core import Translated
 
+PAGE = 4096
 ENTRIES_MAX = 8192
 """Translations a function keeps: 32 MiB of scattered 4 KiB pages, which is what some tens of jobs have under way."""
 
@@ -55,7 +56,7 @@ class DeviceTlb:
         self._tables: dict[int | None, _Table] = {}
         """By PASID, None for requests without one, the one that was asked for last at the end; none is empty."""
         self._count = 0
-        self.unit = 1
+        self.unit = PAGE
         """Bytes, a power of two: invalidations are taken to be of whole units (the smallest translation unit)."""
         self.unsupported: set[int | None] = set()
         """PASIDs, None for requests without one, for which translation requests are not supported."""
@@ -107,10 +108,8 @@ class DeviceTlb:
         if table is None:
             return found, iova
         entries = table.entries
-        index = bisect_right(table.starts, iova) - 1
-        if index < 0:
-            return found, iova
-        for index in range(index, len(entries)):
+        begin = bisect_right(table.starts, iova) - 1
+        for index in range(max(begin, 0), len(entries)):
             first, stop, address, permitted = entries[index]
             if iova < first or iova >= stop or access & ~permitted:
                 break
