@@ -256,6 +256,61 @@ class PageTable:
         self.set(iova, 1 | gpa | access)
 
 
+class Timer:
+    """What runs out when `Timers.advance` comes to it."""
+
+    def __init__(self, due: float, call: Callable[[], None]) -> None:
+        self.due = due
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class Timers:
+    """Time that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[Timer] = []
+
+    def __call__(self, seconds: float, call: Callable[[], None]) -> Timer:
+        timer = Timer(self.now + seconds, call)
+        self.timers.append(timer)
+        return timer
+
+    @property
+    def waiting(self) -> list[float]:
+        return [timer.due for timer in self.timers if timer.call is not None]
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        for timer in list(self.timers):
+            if timer.due <= self.now and timer.call is not None:
+                call, timer.call = timer.call, None
+                call()
+
+
+class Tlb:
+    """A device TLB that remembers what it was told, and answers at once or when it is asked to."""
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
+        self.told: list[tuple[int | None, int, int | None]] = []
+        self.unanswered: list[Callable[[], None]] = []
+
+    def __call__(self, pasid: int | None, iova: int, size: int | None, done: Callable[[], None]) -> None:
+        self.told.append((pasid, iova, size))
+        if self.at_once:
+            done()
+        else:
+            self.unanswered.append(done)
+
+    def take(self) -> list[tuple[int | None, int, int | None]]:
+        told, self.told = self.told, []
+        return told
+
+
 class Vm:
     """Memory, engine and IOMMU of a VM with two endpoints, and a driver's hands on its registers."""
 
@@ -270,7 +325,8 @@ class Vm:
             self.engine.add_device(rid, name)
             context.bind_device(rid)
         context.attach(IOMMU, self.stage2)
-        self.iommu = AmdIommu(context, self.stage2, [ENDPOINT, SECOND])
+        self.timers = Timers()
+        self.iommu = AmdIommu(context, self.stage2, [ENDPOINT, SECOND], later=self.timers)
         self.iommu.rid = IOMMU
         self.iommu.connect_dma(self.engine.devices[IOMMU].port)
         self.interrupts = 0

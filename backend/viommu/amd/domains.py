@@ -8,10 +8,10 @@ own each.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backend.ioasid import Context, IoasidError, PasidTableFormat, PgtableFormat, Untagged
 from backend.viommu.amd.commands import AddressRange
@@ -57,6 +57,11 @@ def keys_of(verdict: Verdict) -> tuple[DomainKey, ...]:
     return tuple(key for key in (host, guest) if key is not None)
 
 
+def _leads(key: DomainKey, pasid: int) -> bool:
+    """Whether a PASID is one of a domain's."""
+    return isinstance(key, GuestKey) and not pasid >> min(9 * key.tables.levels, PASID_BITS)
+
+
 class Domains:
     """Routes of devices and the IOASIDs behind them.
 
@@ -85,8 +90,9 @@ class Domains:
             for key in keys:
                 ioasids.append(self._use(key).ioasid)
                 undo.callback(self._release, key)
+            ats = verdict.device_tlb and self._context.get_info(rid=rid).ats
             for ioasid in (self._stage2, *ioasids):
-                self._context.attach(rid, ioasid, access=verdict.access)
+                self._context.attach(rid, ioasid, access=verdict.access, ats=ats)
                 undo.callback(self._context.detach, rid)
             undo.pop_all()
         self._routes[rid] = keys
@@ -117,8 +123,30 @@ class Domains:
     def invalidate_guest(self, domain_id: int, pasid: int, addresses: AddressRange) -> None:
         """Forget what is cached of the guest table of a PASID under this domain ID; all of it: its GCR3 entry too."""
         for key, domain in self._under(domain_id):
-            if isinstance(key, GuestKey) and not pasid >> min(9 * key.tables.levels, PASID_BITS):
+            if _leads(key, pasid):
                 self._forget(domain, addresses, pasid)
+
+    def invalidate_device(
+        self, rid: int, pasid: int | None, addresses: AddressRange, answered: Callable[[], None]
+    ) -> None:
+        """Have a device forget translations of a PASID; None: of requests without one. `answered` is called when it
+        has; at once where it keeps none, for it has no route, or there is nothing above stage 2, which tells itself."""
+        keys = self._routes.get(rid)
+        top = keys[-1] if keys else None
+        if isinstance(top, GuestKey) and top.tables.untagged and pasid == 0:
+            pasid = None  # what has PASID 0 here has none on the way
+        if top is None or (pasid is not None and not _leads(top, pasid)):
+            answered()
+            return
+        what: dict[str, Any] = {"granularity": "device" if pasid is None else "pasid", "pasid": pasid}
+        if not addresses.everything:
+            what |= {"granularity": "range", "iova": addresses.start, "size": addresses.size}
+        try:
+            self._context.invalidate_cache(
+                self._domains[top].ioasid, rid=rid, caches=("device-tlb",), answered=answered, **what
+            )
+        except IoasidError:
+            answered()  # somebody else detached it, and it was told to forget everything then
 
     def _under(self, domain_id: int) -> Iterator[tuple[DomainKey, Domain]]:
         return ((key, domain) for key, domain in self._domains.items() if key.domain_id == domain_id)

@@ -1,6 +1,6 @@
 """From what became of an endpoint's request to the event that tells the guest."""
 
-from backend.core import Access, Fault, Reason
+from backend.core import Access, AddressType, Fault, Reason
 from backend.viommu.amd.device_table import Decision, Verdict
 from backend.viommu.amd.event_log import EventCode, EventFlag, direction, event
 
@@ -27,12 +27,18 @@ _REFUSALS = {
 }
 
 
+_READABLE = (Decision.BYPASS, Decision.TRANSLATE, Decision.NO_TRANSLATION)
+"""Entries whose I bit counts."""
+
+_USER = 1 << 1
+"""US stands in bit 49 of an INVALID_DEVICE_REQUEST."""
+
 # Flags of the request itself that each of these events has (their figures in sections 2.5.2 to 2.5.5).
 _REQUEST_FLAGS = {
-    EventCode.ILLEGAL_DEV_TABLE_ENTRY: EventFlag.GN | EventFlag.RW,
-    EventCode.IO_PAGE_FAULT: EventFlag.GN | EventFlag.NX | EventFlag.US | EventFlag.RW,
-    EventCode.DEV_TAB_HARDWARE_ERROR: EventFlag.RW,
-    EventCode.PAGE_TAB_HARDWARE_ERROR: EventFlag.GN | EventFlag.RW,
+    EventCode.ILLEGAL_DEV_TABLE_ENTRY: EventFlag.GN | EventFlag.RW | EventFlag.TR,
+    EventCode.IO_PAGE_FAULT: EventFlag.GN | EventFlag.NX | EventFlag.US | EventFlag.RW | EventFlag.TR,
+    EventCode.DEV_TAB_HARDWARE_ERROR: EventFlag.RW | EventFlag.TR,
+    EventCode.PAGE_TAB_HARDWARE_ERROR: EventFlag.GN | EventFlag.RW | EventFlag.TR,
 }
 
 
@@ -42,8 +48,23 @@ def hardware_error(fault: Fault | None) -> int:
     return EventFlag.DATA_ERROR if gone else EventFlag.MASTER_ABORT
 
 
+class InvalidRequest:
+    """Type 59:57 of an INVALID_DEVICE_REQUEST (section 2.5.9), with TR, as flags."""
+
+    TRANSLATED = 1 << 9
+    """A translated request of a device with I clear or V clear."""
+    TRANSLATION = EventFlag.TR
+    """A translation request of a device with I clear, V clear or TV clear."""
+
+
 def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
     """The event of a faulted request, 16 bytes; None if the IOMMU let it through and it ended where no memory is."""
+    invalid = _invalid(fault, verdict)
+    if invalid is not None:
+        tag, flags = _whose(fault, verdict)
+        flags = flags & EventFlag.GN | (_USER if flags & EventFlag.US else 0) | invalid
+        tag = tag if flags & EventFlag.GN else 0
+        return event(EventCode.INVALID_DEVICE_REQUEST, device_id=fault.rid, tag=tag, flags=flags, address=fault.iova)
     if fault.reason is Reason.NO_ROUTE:
         return _refusal(fault, verdict)
     if fault.stage == 2 and not fault.table:
@@ -54,7 +75,7 @@ def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
             EventCode.PAGE_TAB_HARDWARE_ERROR,
             device_id=fault.rid,
             tag=tag,
-            flags=hardware_error(fault) | flags & (EventFlag.GN | EventFlag.RW),
+            flags=hardware_error(fault) | flags & (EventFlag.GN | EventFlag.RW | EventFlag.TR),
             address=fault.gpa or 0,
         )
     if fault.stage == 0 and fault.reason is Reason.MISALIGNED:
@@ -63,12 +84,24 @@ def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
     return event(EventCode.IO_PAGE_FAULT, device_id=fault.rid, tag=tag, flags=flags, address=fault.iova)
 
 
+def _invalid(fault: Fault, verdict: Verdict) -> int | None:
+    """The type of a request that its device may not send at all; None: it may."""
+    untranslatable = verdict.decision is Decision.NO_TRANSLATION or not verdict.device_tlb
+    refused = fault.reason is Reason.ATS_OFF or (fault.reason is Reason.NO_ROUTE and untranslatable)
+    if not refused or verdict.decision not in _READABLE:
+        return None
+    if fault.type is AddressType.TRANSLATION_REQUEST:
+        return InvalidRequest.TRANSLATION
+    return InvalidRequest.TRANSLATED if fault.type is AddressType.TRANSLATED else None
+
+
 def _whose(fault: Fault, verdict: Verdict) -> tuple[int, int]:
     """PASID or domain ID of an event, and the flags that tell which, with those that tell the request.
 
     A request without a PASID that goes through the table of PASID 0 (GIoV) has that PASID.
     """
-    rw = direction(fault.access)
+    # RW means nothing where TR is set.
+    rw = EventFlag.TR if fault.type is AddressType.TRANSLATION_REQUEST else direction(fault.access)
     pasid = fault.pasid
     if pasid is None and verdict.guest is not None and verdict.guest.untagged:
         pasid = 0

@@ -26,6 +26,7 @@ from backend.viommu.amd.commands import (
     Opcode,
 )
 from backend.viommu.amd.device_table import EVERYTHING, Decision, DeviceTable, Verdict
+from backend.viommu.amd.device_tlbs import CallLater, DeviceTlbs, call_later, time_out
 from backend.viommu.amd.domains import Domains
 from backend.viommu.amd.event_log import EventCode, EventLog, code_of
 from backend.viommu.amd.faults import request_event
@@ -75,7 +76,16 @@ class AmdIommu(PciFunction):
     changes: what is counted between the two passed the guest's device table.
     """
 
-    def __init__(self, context: Context, stage2: int, endpoints: Iterable[int], *, name: str = "amd-iommu") -> None:
+    def __init__(
+        self,
+        context: Context,
+        stage2: int,
+        endpoints: Iterable[int],
+        *,
+        name: str = "amd-iommu",
+        later: CallLater = call_later,
+    ) -> None:
+        """`later(seconds, call)` is for what devices owe an answer; the loop's that runs, if not said."""
         self.registers = register_table(features.EFR)
         super().__init__(
             name=name,
@@ -100,6 +110,9 @@ class AmdIommu(PciFunction):
             read=self._read_memory,
             execute=self._execute,
             report=self.event_log.append,
+        )
+        self.device_tlbs = DeviceTlbs(
+            self._invalidate_device_tlb, self.command_buffer.run, self.event_log.append, later
         )
         self.on_enable: Callable[[], None] | None = None
         self.on_disable: Callable[[], None] | None = None
@@ -155,6 +168,7 @@ class AmdIommu(PciFunction):
         if self.enabled and self.on_disable is not None:
             self.on_disable()
         super().reset(kind)
+        self.device_tlbs.forget()
         self.device_table.guest_enabled = False
         self._forget_all()
         self.status.reset()
@@ -253,6 +267,8 @@ class AmdIommu(PciFunction):
         if (new ^ old) & (Control.IOMMU_EN | Control.GT_EN):
             self.device_table.guest_enabled = bool(new & Control.GT_EN)
             self._forget_all()
+        if turned and not new & Control.IOMMU_EN:
+            self.device_tlbs.forget()
         if turned and new & Control.IOMMU_EN:
             self.enables += 1
             if self.on_enable is not None:
@@ -275,9 +291,12 @@ class AmdIommu(PciFunction):
 
     # Commands
 
-    def _execute(self, command: Command, _address: int) -> bool:
+    def _execute(self, command: Command, address: int) -> bool:
+        """Do one command; False: it must wait for a device."""
         match command:
             case CompletionWait():
+                if self.device_tlbs.waiting:
+                    return False
                 self._complete(command)
             case InvalidateDeviceEntry():
                 self._forget(command.device_id)
@@ -290,12 +309,20 @@ class AmdIommu(PciFunction):
             case CompletePpr():
                 if command.device_id in self.endpoints:
                     self.ppr_log.complete(command)
-            case InvalidateDeviceTlb() | InvalidateInterruptTable():
-                pass  # no endpoint has a device TLB, and interrupts do not pass here: nothing of either is cached
+            case InvalidateDeviceTlb():
+                return self.device_tlbs.invalidate(command, address, time_out(self.registers[CONTROL]))
+            case InvalidateInterruptTable():
+                pass  # interrupts do not pass here: nothing of them is cached
         return True
 
+    def _invalidate_device_tlb(self, command: InvalidateDeviceTlb, answered: Callable[[], None]) -> None:
+        if command.device_id in self.endpoints:
+            self.domains.invalidate_device(command.device_id, command.pasid, command.range, answered)
+        else:
+            answered()
+
     def _complete(self, command: CompletionWait) -> None:
-        """Every command is done before the next one is read, so the flush bit has nothing left to wait for."""
+        """All before it is done, and nothing after it was begun: the flush bit has nothing left to wait for."""
         if command.store_address is not None:
             fault = self.dma.store(command.store_address, command.store_data, 8)
             if fault is not None:
