@@ -1,7 +1,7 @@
 # Every target sets up what it needs. Only vioasid's own output goes to stdout: `make boot ARGS=--json` is clean JSON.
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help boot doctor test check bench fuzz clean
+.PHONY: help boot doctor test check bench fuzz mutants clean
 
 ARGS ?=
 TIME ?= 60
@@ -44,6 +44,10 @@ fuzz: ## libFuzzer on the C core for TIME=60 seconds, with sanitizers
 	@tools/environment.sh
 	@tools/host-setup.sh fuzz >/dev/null
 	@$(PYTHON) tests/fuzz/fuzzing.py --time $(TIME) $(ARGS)
+
+mutants: ## show which of the guest's checks notice small errors put into the sources, one at a time
+	@tools/environment.sh
+	@$(PYTHON) tests/mutants/mutants.py $(ARGS)
 
 clean: ## remove all that was made here (the cache of fetched files stays)
 	@rm -rf .venv build dist *.egg-info guest-tests/build backend/core/_native.c backend/core/*.so backend/core/*.o
