@@ -114,7 +114,7 @@ def test_doorbell_pages_of_queues_that_are_not_there_do_nothing() -> None:
         host.put(offset, 0xFFFF_FFFF)
         assert host.get(offset, 8) == 0
     assert host.get(VDMA["QUEUE_BASE"] + VDMA["QUEUE_STRIDE"], 8) == 0
-    assert host.function.interrupt_vectors == 1
+    assert host.function.interrupts.vectors == 1
     host.close()
 
 

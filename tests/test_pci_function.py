@@ -44,9 +44,9 @@ def test_an_interrupt_needs_enable_and_bus_master() -> None:
     line = Line(function)
     function.interrupt()
     enable(function, MSI, 1)
-    assert (line.vectors, function.pending_interrupts) == ([], frozenset({0}))
+    assert (line.vectors, function.interrupts.pending) == ([], frozenset({0}))
     function.config.write(COMMAND, 2, BUS_MASTER)
-    assert (line.vectors, function.pending_interrupts) == ([0], frozenset())
+    assert (line.vectors, function.interrupts.pending) == ([0], frozenset())
     function.config.write(COMMAND, 2, 0)
     function.interrupt()
     function.interrupt()
@@ -85,7 +85,7 @@ def test_a_masked_msi_message_waits() -> None:
     function.config.write(offset + 0x10, 4, 0b10)
     function.interrupt(0)
     function.interrupt(1)
-    assert (line.vectors, function.pending_interrupts) == ([0], frozenset({1}))
+    assert (line.vectors, function.interrupts.pending) == ([0], frozenset({1}))
     assert function.config.read(offset + 0x14, 4) == 0b10
     function.config.write(offset + 0x10, 4, 0)
     assert line.vectors == [0, 1]
@@ -98,7 +98,7 @@ def test_msix_comes_before_msi_and_obeys_its_function_mask() -> None:
     enable(function, MSI, 1)
     enable(function, MSIX, 0xC000)
     function.interrupt(2)
-    assert function.pending_interrupts == {2}
+    assert function.interrupts.pending == {2}
     enable(function, MSIX, 0x8000)
     assert line.vectors == [2]
     enable(function, MSIX, 0)
@@ -112,9 +112,9 @@ def test_an_interrupt_that_nobody_takes_is_kept() -> None:
     line = Line(function, taken=False)
     enable(function, MSIX, 0x8000)
     function.interrupt(1)
-    assert function.pending_interrupts == {1, 3}
+    assert function.interrupts.pending == {1, 3}
     line.taken = True
-    function.deliver_pending()
+    function.interrupts.deliver_pending()
     assert line.vectors == [1, 3]
 
 
@@ -154,7 +154,7 @@ def test_reset_brings_back_what_was_at_first() -> None:
     function.reset(ResetKind.DEVICE)
     assert function.bar_read(0, 0, 4) == 7
     assert function.config.read_bytes(0, 4096) == fresh
-    assert function.pending_interrupts == frozenset()
+    assert function.interrupts.pending == frozenset()
 
 
 def test_a_function_level_reset_is_a_write_to_device_control() -> None:

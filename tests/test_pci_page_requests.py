@@ -26,7 +26,7 @@ from pci_sva import (
 )
 
 from backend.core import Access
-from backend.ioasid import Code, FaultRecord, PgtableFormat
+from backend.ioasid import Code, FaultRecord, PasidMode, PgtableFormat, Traits
 from backend.pci import Ats, Pasid, Pri, ResetKind
 
 READ, WRITE = Access.READ, Access.WRITE
@@ -361,3 +361,27 @@ def test_bits_in_any_order_do_no_harm(sva: Sva) -> None:
 def test_pages_are_whole(sva: Sva) -> None:
     assert sva.asked.ask("a", [(PAGE + 1, READ)])
     assert [each.iova for each in sva.records()] == [PAGE]
+
+
+def test_pasids_that_the_guest_numbers_otherwise() -> None:
+    """Where PASIDs come from a pool, a response names the guest's; the function is answered all the same."""
+    guest = Guest(Traits(pasid_mode=PasidMode.PER_RID))
+    try:
+        ctx = guest.ctx
+        assert (ctx.alloc(), ctx.create_nesting(1)) == (1, 2)
+        ctx.bind_pgtable(2, 0x8000, PgtableFormat())
+        ctx.attach(DEV1, 1)
+        ctx.attach(DEV1, 2, vpasid=99)
+        function, registers = connected(guest)
+        registers.enable_all()
+        physical = guest.dev1.physical(99)
+        assert physical not in {None, 99}
+        asked = Asked(function)
+        for _ in range(3):
+            assert asked.ask("a", 32, pasid=physical)
+            record = ctx.read_faults().records[-1]
+            assert record.pasid == 99 and record.group is not None
+            ctx.page_response(DEV1, record.group, Code.SUCCESS, 99)
+        assert asked.answers == [("a", Code.SUCCESS)] * 3 and not registers.pri_status & PRI_UPRGI
+    finally:
+        guest.close()

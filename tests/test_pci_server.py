@@ -198,10 +198,10 @@ def test_an_interrupt_waits_for_its_eventfd(client: VfioUserClient, function: Ed
     client.set_config(COMMAND, 2, BUS_MASTER)
     client.set_config(msix_offset(function) + 2, 2, 0x8000)
     serving.call(lambda: function.interrupt(1))
-    assert function.pending_interrupts == {1}
+    assert function.interrupts.pending == {1}
     eventfds = client.set_irqs(MSIX, 4)
     assert [signals(eventfd) for eventfd in eventfds] == [0, 1, 0, 0]
-    assert function.pending_interrupts == frozenset()
+    assert function.interrupts.pending == frozenset()
 
 
 def test_taken_back_eventfds_are_not_signalled(client: VfioUserClient, function: EduFunction, serving: Serving) -> None:
@@ -296,7 +296,7 @@ def test_the_next_client_finds_the_function_as_new(
             assert server.connected
         serving.wait_for(lambda: not server.connected, "the client's end")
         assert function.resets == [ResetKind.LOST_CONNECTION] * served
-        assert function.pending_interrupts == frozenset()
+        assert function.interrupts.pending == frozenset()
         assert serving.regions["edu"] == []
         assert serving.disconnects == served
 
@@ -332,7 +332,7 @@ def test_a_second_client_is_told_that_the_function_is_busy(client: VfioUserClien
 
 def test_an_interrupt_without_a_client_is_kept(server: FunctionServer, function: EduFunction, serving: Serving) -> None:
     serving.call(lambda: function.interrupt(1))
-    assert function.pending_interrupts == {1}
+    assert function.interrupts.pending == {1}
 
 
 def test_reconnecting_costs_no_descriptors(server: FunctionServer, serving: Serving, path: Path) -> None:

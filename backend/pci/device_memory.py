@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from backend.core import RW, Access, BadValueError, Fault, Reason, RouteCounters
+from backend.core import RW, Access, AddressType, BadValueError, Fault, Reason, RouteCounters
 from backend.pci.ats_control import AtsControl
 from backend.pci.device_tlb import DeviceTlb, Segments
 from backend.pci.pasid_control import PasidControl
@@ -104,7 +104,7 @@ class DeviceMemory:
                     fault = self._port.translated.scatter(segments, view[done : done + reached], write=write)
                     if fault is not None:
                         done += fault.done
-                        return replace(fault, iova=_at(sg, done), done=done, pasid=pasid)
+                        return _as_asked(fault, _at(sg, done), done, pasid)
                     done += reached
                 if missing is not None:
                     return replace(missing, done=done)
@@ -190,7 +190,7 @@ class DeviceMemory:
     def _tlb(self, *pasids: int | None) -> DeviceTlb | None:
         """The device TLB, where it serves all these PASIDs."""
         tlb = self._ats.tlb
-        return tlb if tlb is not None and not any(pasid in tlb.unsupported for pasid in pasids) else None
+        return tlb if tlb is not None and tlb.unsupported.isdisjoint(pasids) else None
 
     def _translate(
         self, tlb: DeviceTlb, pasid: int | None, parts: Sequence[Part], access: Access
@@ -250,11 +250,11 @@ class DeviceMemory:
             reading, writing, size, missing = self._translate_both(tlb, (start, source[1]), (to, target[1]), size)
             fault = port.scatter(reading, buffer[:size], write=False) if size else None
             if fault is not None:
-                missing = replace(fault, iova=start + fault.done, pasid=source[1])
+                missing = _as_asked(fault, start + fault.done, 0, source[1])
                 writing, size = _first(writing, fault.done), fault.done
             fault = port.scatter(writing, buffer[:size], write=True) if size else None
             if fault is not None:
-                missing = replace(fault, iova=to + fault.done, pasid=target[1])
+                missing = _as_asked(fault, to + fault.done, 0, target[1])
                 size = fault.done
             done += size
             if missing is not None:
@@ -289,7 +289,7 @@ class DeviceMemory:
                 if fault is not None:
                     iova, pasid = target if fault.access == Access.WRITE else source
                     left -= fault.done
-                    fault = replace(fault, iova=iova + left - 1, pasid=pasid)
+                    fault = _as_asked(fault, iova + left - 1, 0, pasid)
             if fault is not None:
                 return replace(fault, done=length - left)
             left -= size
@@ -307,7 +307,7 @@ class DeviceMemory:
         if missing is not None:
             return act(self._port, iova) if missing.reason == Reason.ATS_OFF else missing
         answer = act(self._port.translated, segments[0][0])
-        return replace(answer, iova=iova, pasid=pasid) if isinstance(answer, Fault) else answer
+        return _as_asked(answer, iova, 0, pasid) if isinstance(answer, Fault) else answer
 
     def _refused(self, pasid: int | None, iova: int, access: Access) -> Fault | None:
         if pasid is None or self._pasids.may_send(pasid, access):
@@ -328,6 +328,11 @@ class DeviceMemory:
             reason=reason,
             done=0,
         )
+
+
+def _as_asked(fault: Fault, iova: int, done: int, pasid: int | None) -> Fault:
+    """The fault of a translated request, as one of what the endpoint has asked for."""
+    return replace(fault, iova=iova, done=done, pasid=pasid, type=AddressType.UNTRANSLATED)
 
 
 def _pieces(sg: Sequence[Part]) -> Iterator[list[Part]]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from backend.pci.ats_control import Announce, AtsControl
 from backend.pci.bars import Bar
 from backend.pci.capabilities import (
     EXP_DEVCTL_FLR,
-    MSI_ENABLE,
-    MSIX_ENABLE,
-    MSIX_FUNCTION_MASK,
     Ats,
     Capability,
     Msi,
@@ -25,6 +22,7 @@ from backend.pci.config_space import COMMAND, COMMAND_BUS_MASTER, ConfigSpace
 from backend.pci.device_memory import DeviceMemory
 from backend.pci.device_tlb import DeviceTlb
 from backend.pci.ids import PciIds
+from backend.pci.interrupts import Interrupts, Signal
 from backend.pci.page_requests import PageRequests, Send
 from backend.pci.pasid_control import PasidControl
 
@@ -69,6 +67,7 @@ class PciFunction:
         self.bars: Mapping[int, Bar] = dict(bars or {})
         self.rid = 0
         self.config = ConfigSpace(ids, self.bars, capabilities, force_bus_master=force_bus_master)
+        self._bus_master = self._may_master()
         self._dma: DmaPort | None = None
         self._memory: DeviceMemory | None = None
         self.pasids = PasidControl(self.config, _first(capabilities, Pasid), self._pasids_changed)
@@ -78,24 +77,14 @@ class PciFunction:
         pri = _first(capabilities, Pri)
         self.page_requests = PageRequests(self.config, pri, self.pasids, self._may_ask) if pri else None
         """What the function may ask the guest for; None without a PRI capability."""
-        self._signal: Callable[[int], bool] | None = None
-        self._pending = 0  # a bit a vector
-        self._msi = _first(capabilities, Msi)
         self._msix = _first(capabilities, Msix)
-        self._msi_offset = self.config.find(Msi.id) or 0
-        self._msix_offset = self.config.find(Msix.id) or 0
-        self._exp_offset = self.config.find(PciExpress.id) or 0
-        self._flr = any(item.flr for item in capabilities if isinstance(item, PciExpress))
         self._check_msix()
-        self._pba_bar = self._msix.pba_bar if self._msix else -1
-        self._pba_start = self._msix.pba_offset if self._msix else 0
-        self._pba_end = self._msix.pba_end if self._msix else 0
+        self.interrupts = Interrupts(self.config, _first(capabilities, Msi), self._msix, lambda: self._bus_master)
+        """What was raised and could not be sent yet, and where it goes."""
+        self._pba = (self._msix.pba_bar, self._msix.pba_offset, self._msix.pba_end) if self._msix else (-1, 0, 0)
+        self._exp_offset = self.config.find(PciExpress.id) or 0
         self.config.on_write(COMMAND, 2, self._command_written)
-        if self._msi is not None:
-            self.config.on_write(self._msi_offset, self._msi.size, self.deliver_pending)
-        if self._msix is not None:
-            self.config.on_write(self._msix_offset, self._msix.size, self.deliver_pending)
-        if self._flr:
+        if any(item.flr for item in capabilities if isinstance(item, PciExpress)):
             self.config.on_write(self._exp_offset + 8, 2, self._device_control_written)
 
     # DMA
@@ -110,7 +99,7 @@ class PciFunction:
     def connect_dma(self, port: FunctionPort) -> None:
         """Give the function its port; from now on the command register's bus master bit gates it."""
         self._dma = port
-        port.enabled = lambda: self.bus_master
+        port.enabled = lambda: self._bus_master
         self._memory = DeviceMemory(lambda: self.rid, port, self.pasids, self.ats)
 
     @property
@@ -146,15 +135,16 @@ class PciFunction:
     @property
     def bus_master(self) -> bool:
         """Whether the guest lets the function send requests, DMA and MSI alike (command register, bit 2)."""
-        return bool(self.config.read(COMMAND, 2) & COMMAND_BUS_MASTER)
+        return self._bus_master
 
     # BARs
 
     def bar_read(self, bar: int, offset: int, size: int) -> int:
         """A guest's read of 1, 2, 4 or 8 bytes; from the BAR's registers unless a device overrides it."""
         registers = self.bars[bar].registers
-        if bar == self._pba_bar and self._pba_start <= offset < self._pba_end:
-            return self._pending >> 8 * (offset - self._pba_start) & (1 << 8 * size) - 1
+        pba_bar, start, end = self._pba
+        if bar == pba_bar and start <= offset < end:
+            return self.interrupts.read_pending(offset - start, size)
         return 0 if registers is None else registers.read(offset, size)
 
     def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
@@ -167,8 +157,9 @@ class PciFunction:
 
     def reset(self, kind: ResetKind) -> None:
         """Registers, config space and pending interrupts to reset values; devices extend it."""
-        self._pending = 0
         self.config.reset()
+        self._bus_master = self._may_master()
+        self.interrupts.reset()
         for bar in self.bars.values():
             if bar.registers is not None:
                 bar.registers.reset()
@@ -182,63 +173,17 @@ class PciFunction:
 
     # Interrupts
 
-    @property
-    def interrupt_vectors(self) -> int:
-        """The most vectors that MSI or MSI-X offers; 0 for a function without interrupts."""
-        return max(self.interrupt_counts)
-
-    @property
-    def interrupt_counts(self) -> tuple[int, int]:
-        """Vectors of MSI and of MSI-X."""
-        return self._msi.vectors if self._msi else 0, self._msix.vectors if self._msix else 0
-
-    @property
-    def pending_interrupts(self) -> frozenset[int]:
-        """Vectors raised while they could not be sent."""
-        return frozenset(_bits(self._pending))
-
-    def connect_interrupts(self, signal: Callable[[int], bool] | None) -> None:
+    def connect_interrupts(self, signal: Signal | None) -> None:
         """`signal(vector)` sends an interrupt and says whether the other side has taken it; None: nobody listens."""
-        self._signal = signal
+        self.interrupts.connect(signal)
 
     def interrupt(self, vector: int = 0) -> None:
         """Raise a vector: sent if MSI-X or MSI is enabled and unmasked and the function masters the bus, else kept."""
-        if not 0 <= vector < self.interrupt_vectors:
-            raise ValueError(f"{self.name}: vector {vector} of {self.interrupt_vectors}")
-        if not self._send(vector):
-            self._set_pending(self._pending | 1 << vector)
+        if not 0 <= vector < self.interrupts.vectors:
+            raise ValueError(f"{self.name}: vector {vector} of {self.interrupts.vectors}")
+        self.interrupts.interrupt(vector)
 
-    def deliver_pending(self) -> None:
-        """Send what was kept, as far as it can be sent now."""
-        if self._pending:
-            sent = sum(1 << vector for vector in _bits(self._pending) if self._send(vector))
-            self._set_pending(self._pending & ~sent)
-
-    def _set_pending(self, pending: int) -> None:
-        self._pending = pending
-        if self._msi is not None and self._msi.per_vector_mask:
-            bits = (1 << self._msi.vectors) - 1
-            self.config.set(self._msi_offset + self._msi.mask_offset + 4, 4, pending & bits)
-
-    def _send(self, vector: int) -> bool:
-        if self._signal is None or not self.bus_master:
-            return False
-        if self._msix is not None:
-            control = self.config.read(self._msix_offset + 2, 2)
-            if control & MSIX_ENABLE:
-                return not control & MSIX_FUNCTION_MASK and vector < self._msix.vectors and self._signal(vector)
-        if self._msi is not None:
-            control = self.config.read(self._msi_offset + 2, 2)
-            if control & MSI_ENABLE:
-                # The guest may grant fewer messages than the function asked for (PCI 3.0, 6.8.1.3): share them.
-                granted = min(1 << (control >> 4 & 7), self._msi.vectors)
-                message = vector % granted
-                if self._msi.per_vector_mask:
-                    masked = self.config.read(self._msi_offset + self._msi.mask_offset, 4)
-                    if masked >> message & 1:
-                        return False
-                return self._signal(message)
-        return False
+    # What the guest writes to config space
 
     def _check_msix(self) -> None:
         if self._msix is None:
@@ -250,8 +195,12 @@ class PciFunction:
             if bar not in self.bars or end > self.bars[bar].size:
                 raise ValueError(f"{self.name}: the MSI-X {what} ends at {end:#x} of BAR{bar}, which is smaller")
 
+    def _may_master(self) -> bool:
+        return bool(self.config.read(COMMAND, 2) & COMMAND_BUS_MASTER)
+
     def _command_written(self) -> None:
-        self.deliver_pending()
+        self._bus_master = self._may_master()
+        self.interrupts.deliver_pending()
         self._may_send_changed()
 
     def _pasids_changed(self) -> None:
@@ -260,7 +209,7 @@ class PciFunction:
 
     def _may_ask(self) -> bool:
         """Page requests are of use to what translates, and are requests like others."""
-        return self.ats.tlb is not None and self.bus_master
+        return self._bus_master and self.ats.tlb is not None
 
     def _may_send_changed(self) -> None:
         if self.page_requests is not None:
@@ -275,8 +224,3 @@ class PciFunction:
 def _first(capabilities: Sequence[Capability], kind: type[C]) -> C | None:
     """The capability of a kind, if there is one."""
     return next((each for each in capabilities if isinstance(each, kind)), None)
-
-
-def _bits(mask: int) -> list[int]:
-    """The numbers of the bits set, lowest first."""
-    return [bit for bit in range(mask.bit_length()) if mask >> bit & 1]

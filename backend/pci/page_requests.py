@@ -233,16 +233,17 @@ class PageRequests:
         index = self._free.popleft()
         self._sent[index] = group
         self._credits += len(group.pages)
-        answered = partial(self._answered, index)
+        answered = partial(self._answered, index, group.pasid)
         for number, (iova, access) in enumerate(group.pages, 1):
             self._send(group.pasid, iova, access, group=index, last=number == len(group.pages), answer=answered)
             if self._sent.get(index) is not group:
                 return  # answered already, where nobody could
 
-    def _answered(self, index: int, answer: PageResponse) -> None:
-        """The one answer to what went out under an index, which is free now."""
+    def _answered(self, index: int, pasid: int | None, answer: PageResponse) -> None:
+        """The one answer to what went out under an index, which is free now. It names the PASID as the guest does,
+        which need not be as it was sent."""
         self._free.append(index)
-        self.response(index, answer.code, answer.pasid)
+        self.response(index, answer.code, pasid)
 
     def _take_line(self) -> list[_Group]:
         taken = list(self._line)

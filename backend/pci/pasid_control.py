@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from backend.core import Access
+from backend.core import RW, Access
 from backend.pci.capabilities import Pasid
 from backend.pci.config_space import ConfigSpace
 
 CONTROL = 6
 ENABLE, EXECUTE, PRIVILEGED = 1 << 0, 1 << 1, 1 << 2
+_READ_WRITE = int(RW)
 
 
 class PasidControl:
@@ -37,8 +38,13 @@ class PasidControl:
         """
         if pasid is not None and not (self._control & ENABLE and 0 <= pasid < self._limit):
             return False
-        needed = (EXECUTE if access & Access.EXECUTE else 0) | (PRIVILEGED if access & Access.PRIVILEGED else 0)
-        return not needed or (pasid is not None and not needed & ~self._control)
+        wanted = int(access)  # operators of an IntFlag cost as much as all else here
+        if wanted <= _READ_WRITE:
+            return True
+        needed = (EXECUTE if wanted & Access.EXECUTE.value else 0) | (
+            PRIVILEGED if wanted & Access.PRIVILEGED.value else 0
+        )
+        return pasid is not None and not needed & ~self._control
 
     def reset(self) -> None:
         """The registers are reset."""

@@ -48,7 +48,7 @@ class Session:
         self._function = host.function
         self._map_error: Exception | None = None
         self._attached = False
-        vectors = self._function.interrupt_counts
+        vectors = self._function.interrupts.counts
         irqs = {vfu.VFU_DEV_MSI_IRQ: vectors[0], vfu.VFU_DEV_MSIX_IRQ: vectors[1]}
         regions = {index: Region(bar.size, memory=not bar.is_io) for index, bar in self._function.bars.items()}
         regions[CONFIG_REGION] = Region(CONFIG_SIZE, memory=False)
@@ -72,7 +72,7 @@ class Session:
         reply = self._context.exchange(message.data, message.descriptors)
         if message.command == SET_IRQS and not _is_error(reply):
             self._vetting.accepted_irqs(message)
-            self._function.deliver_pending()
+            self._function.interrupts.deliver_pending()
         elif message.command == DMA_MAP and self._map_error is not None:
             self._take_back(message)
             reply = message.refusal(errno_of(self._map_error)) if message.wants_reply else None
