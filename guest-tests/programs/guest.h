@@ -45,6 +45,8 @@ int files_make_main(int argc, char **argv);
 int files_compare_main(int argc, char **argv);
 int log_mark_main(int argc, char **argv);
 int log_wait_main(int argc, char **argv);
+int sva_main(int argc, char **argv);
+int sva_after_exec_main(int argc, char **argv);
 int sha256_main(int argc, char **argv);
 int sha256_plain_main(int argc, char **argv);
 

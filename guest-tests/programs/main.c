@@ -31,6 +31,8 @@ static const struct verb verbs[] = {
 	{ "log-mark", "LOG", 1, 0, log_mark_main },
 	{ "log-wait", "LOG MARK DEVICE ADDRESS SECONDS", 5, 0, log_wait_main },
 	{ "sha256", "FILE", 1, 0, sha256_main },
+	{ "sva", "GROUP [TEST]", 1, 1, sva_main },
+	{ "sva-after-exec", "FD", 1, 0, sva_after_exec_main },
 	{ "sha256-plain", "FILE", 1, 0, sha256_plain_main },
 };
 
