@@ -24,7 +24,9 @@ MODULES = ("nvme", "ext4")
 # mke2fs and e2fsck by the names that init looks for; without them the file system check makes do with busybox
 FILE_SYSTEM_TOOLS = {"sbin/mkfs.ext4": "usr/sbin/mke2fs", "sbin/fsck.ext4": "usr/sbin/e2fsck"}
 FILE_SYSTEM_CONFIG = "etc/mke2fs.conf"
-COMPILER_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s")
+PROGRAM_FOLDERS = (GUEST_TESTS / "programs", GUEST_TESTS / "sva")
+DRIVER_HEADERS = GUEST_TESTS / "modules"
+COMPILER_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-static", "-s")
 COMPILE_SECONDS = 120  # the compiler needs 2; this is a hung disk
 ARCHIVE, ARCHIVE_BYTES = "initramfs.cpio", 64 << 20  # bytes free before it is begun; it has 12 MB
 PROGRAM, PROGRAM_BYTES = "guest", 16 << 20  # 1 MB, and the compiler's own files
@@ -94,12 +96,14 @@ def build_program(cache: Cache) -> Path:
         raise CannotRun(
             f"there is no C compiler {wanted}, which builds the guest's programs; install gcc and libc6-dev"
         )
-    sources = sorted((GUEST_TESTS / "programs").glob("*.[ch]"))
+    sources = sorted(path for folder in PROGRAM_FOLDERS for path in folder.glob("*.[ch]"))
+    sources += sorted(DRIVER_HEADERS.glob("*.h"))
     key = {"compiler": [_state(Path(compiler).resolve())], "flags": COMPILER_FLAGS, "sources": _contents(sources)}
 
     def make(entry: Path, work: Path, report: Report) -> Made:
         report("compiling the guest's programs")
         command = [compiler, *COMPILER_FLAGS, "-o", str(entry / PROGRAM)]
+        command += [f"-I{folder}" for folder in (*PROGRAM_FOLDERS, DRIVER_HEADERS)]
         command += [str(source) for source in sources if source.suffix == ".c"]
         try:
             run = subprocess.run(
