@@ -372,7 +372,7 @@ def test_pasids_that_the_guest_numbers_otherwise() -> None:
         ctx.bind_pgtable(2, 0x8000, PgtableFormat())
         ctx.attach(DEV1, 1)
         ctx.attach(DEV1, 2, vpasid=99)
-        function, registers = connected(guest)
+        function, registers = connected(guest, Ats(), Pasid(width=20), Pri())
         registers.enable_all()
         physical = guest.dev1.physical(99)
         assert physical not in {None, 99}
