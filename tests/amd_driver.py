@@ -311,41 +311,17 @@ class Tlb:
         return told
 
 
-class Vm:
-    """Memory, engine and IOMMU of a VM with two endpoints, and a driver's hands on its registers."""
+class Driver:
+    """A driver's hands on one IOMMU, whose structures lie from `base` on: DEVICE_TABLE and what follows are offsets."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.ram = Ram(MEMORY)
-        self.engine = Engine(clock=clock)
-        context = self.engine.open()
-        self.context = context
-        self.stage2 = context.alloc()
-        context.map_dma(self.stage2, 0, self.ram.hva, MEMORY, Access.READ | Access.WRITE)
-        for rid, name in ((IOMMU, "iommu"), (ENDPOINT, "endpoint"), (SECOND, "second")):
-            self.engine.add_device(rid, name)
-            context.bind_device(rid)
-        context.attach(IOMMU, self.stage2)
-        self.timers = Timers()
-        self.iommu = AmdIommu(context, self.stage2, [ENDPOINT, SECOND], later=self.timers)
-        self.iommu.rid = IOMMU
-        self.iommu.connect_dma(self.engine.devices[IOMMU].port)
+    def __init__(self, ram: Ram, iommu: AmdIommu, base: int = 0) -> None:
+        self.ram = ram
+        self.iommu = iommu
+        self.base = base
         self.interrupts = 0
-        self.iommu.connect_interrupts(self._interrupted)
-        self.engine.set_router(self.iommu.route)
-        self.engine.on_fault(self.iommu.on_fault)
-        context.faults.on_ready(self._faults_ready)
-        self.endpoint = self.engine.devices[ENDPOINT].port
-        self.second = self.engine.devices[SECOND].port
         self.command_size = self.event_size = self.ppr_size = 0
         self.sequence = 0
-
-    def close(self) -> None:
-        self.engine.close()
-        self.ram.close()
-
-    def _faults_ready(self) -> None:
-        for record in self.context.read_faults().records:
-            self.iommu.page_request(record)
+        iommu.connect_interrupts(self._interrupted)
 
     def _interrupted(self, vector: int) -> bool:
         assert vector == 0
@@ -378,7 +354,7 @@ class Vm:
 
     def start(self, *, pages: int = 2, commands: int = 9, events: int = 9) -> None:
         """Device table of `pages` pages, rings of 2^n entries, all on, everything invalidated."""
-        self.write(0x00, DEVICE_TABLE | pages - 1)
+        self.write(0x00, self.base + DEVICE_TABLE | pages - 1)
         self.set_commands(commands)
         self.control(set_=COMMAND_EN | GT_EN)
         self.control(set_=IOMMU_EN)
@@ -390,21 +366,21 @@ class Vm:
         assert self.wait()
         assert self.status == EVENT_RUN | COMMAND_RUN
 
-    def set_commands(self, length: int, base: int = COMMANDS) -> None:
+    def set_commands(self, length: int, base: int | None = None) -> None:
         self.command_size = 16 << length
-        self.write(0x08, base | length << 56)
+        self.write(0x08, (self.base + COMMANDS if base is None else base) | length << 56)
         self.write(COMMAND_HEAD, 0)
         self.write(COMMAND_TAIL, 0)
 
-    def set_events(self, length: int, base: int = EVENTS) -> None:
+    def set_events(self, length: int, base: int | None = None) -> None:
         self.event_size = 16 << length
-        self.write(0x10, base | length << 56)
+        self.write(0x10, (self.base + EVENTS if base is None else base) | length << 56)
         self.write(EVENT_HEAD, 0)
         self.write(EVENT_TAIL, 0)
 
-    def set_pprs(self, length: int, base: int = PPRS) -> None:
+    def set_pprs(self, length: int, base: int | None = None) -> None:
         self.ppr_size = 16 << length
-        self.write(PPR_BASE, base | length << 56)
+        self.write(PPR_BASE, (self.base + PPRS if base is None else base) | length << 56)
         self.write(PPR_HEAD, 0)
         self.write(PPR_TAIL, 0)
 
@@ -421,7 +397,7 @@ class Vm:
         """Put commands into the ring and answer with the new tail, not yet written to its register."""
         tail = self.read(COMMAND_TAIL)
         for command in commands:
-            self.ram.poke(COMMANDS + tail, command)
+            self.ram.poke(self.base + COMMANDS + tail, command)
             tail = (tail + 16) % self.command_size
         return tail
 
@@ -431,8 +407,8 @@ class Vm:
     def wait(self) -> bool:
         """COMPLETION_WAIT with a store of the next number: whether it was stored."""
         self.sequence += 1
-        self.submit(completion_wait(SEMAPHORE, self.sequence))
-        return struct.unpack("<Q", self.ram.peek(SEMAPHORE, 8)) == (self.sequence,)
+        self.submit(completion_wait(self.base + SEMAPHORE, self.sequence))
+        return struct.unpack("<Q", self.ram.peek(self.base + SEMAPHORE, 8)) == (self.sequence,)
 
     def events(self) -> list[Event]:
         """Take the events out of the log, and clear EventLogInt."""
@@ -440,7 +416,7 @@ class Vm:
         head, tail = self.read(EVENT_HEAD), self.read(EVENT_TAIL)
         found = []
         while head != tail:
-            found.append(parse_event(self.ram.peek(EVENTS + head, 16)))
+            found.append(parse_event(self.ram.peek(self.base + EVENTS + head, 16)))
             head = (head + 16) % self.event_size
         self.write(EVENT_HEAD, head)
         return found
@@ -451,7 +427,7 @@ class Vm:
         head, tail = self.read(PPR_HEAD), self.read(PPR_TAIL)
         found = []
         while head != tail:
-            found.append(parse_page_request(self.ram.peek(PPRS + head, 16)))
+            found.append(parse_page_request(self.ram.peek(self.base + PPRS + head, 16)))
             head = (head + 16) % self.ppr_size
         self.write(PPR_HEAD, head)
         return found
@@ -459,16 +435,54 @@ class Vm:
     # Device table
 
     def set_entry(self, device: int, entry: bytes, *, flush: bool = True) -> None:
-        self.ram.poke(DEVICE_TABLE + device * 32, entry)
+        self.ram.poke(self.base + DEVICE_TABLE + device * 32, entry)
         if flush:
             self.submit(invalidate_entry(device))
             assert self.wait()
+
+
+class Vm(Driver):
+    """Memory, engine and IOMMU of a VM with two endpoints, and a driver's hands on its registers."""
+
+    def __init__(self, *, memory: int = MEMORY, clock: Callable[[], float] = time.monotonic) -> None:
+        ram = Ram(memory)
+        self.engine = Engine(clock=clock)
+        context = self.engine.open()
+        self.context = context
+        self.stage2 = context.alloc()
+        context.map_dma(self.stage2, 0, ram.hva, memory, Access.READ | Access.WRITE)
+        self.timers = Timers()
+        for rid, name in ((ENDPOINT, "endpoint"), (SECOND, "second")):
+            self.add_device(rid, name)
+        super().__init__(ram, self.make_iommu(IOMMU, [ENDPOINT, SECOND]))
+        self.engine.set_router(self.iommu.route)
+        self.engine.on_fault(self.iommu.on_fault)
+        context.faults.on_ready(self._faults_ready)
+        self.endpoint = self.engine.devices[ENDPOINT].port
+        self.second = self.engine.devices[SECOND].port
+
+    def add_device(self, rid: int, name: str) -> None:
+        self.engine.add_device(rid, name)
+        self.context.bind_device(rid)
+
+    def make_iommu(self, rid: int, endpoints: list[int]) -> AmdIommu:
+        self.add_device(rid, f"iommu {rid:x}")
+        self.context.attach(rid, self.stage2)
+        iommu = AmdIommu(self.context, self.stage2, endpoints, later=self.timers)
+        iommu.rid = rid
+        iommu.connect_dma(self.engine.devices[rid].port)
+        return iommu
+
+    def close(self) -> None:
+        self.engine.close()
+        self.ram.close()
+
+    def _faults_ready(self) -> None:
+        for record in self.context.read_faults().records:
+            self.iommu.page_request(record)
 
     def translate(self, device: int = ENDPOINT, *, levels: int = 4, domain: int = 7, base: int = TABLES) -> PageTable:
         """Give a device an empty page table."""
         table = PageTable(self.ram, base, levels)
         self.set_entry(device, device_entry(table.root, levels, domain))
         return table
-
-    def endpoint_reads(self, iova: int, length: int = 8) -> bytes | Fault:
-        return self.endpoint.read(iova, length)

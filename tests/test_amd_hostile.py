@@ -20,23 +20,31 @@ from amd_driver import (
     IOMMU_EN,
     MEMORY,
     NOWHERE,
+    PPR_HEAD,
+    PPR_RUN,
+    PPR_TAIL,
     READ,
     SECOND,
     SEMAPHORE,
     TABLES,
     WRITE,
     PageTable,
+    Tlb,
     Vm,
+    complete_ppr,
     completion_wait,
     device_entry,
+    guest_entry,
     invalidate_all,
+    invalidate_device_tlb,
     invalidate_entry,
     invalidate_pages,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backend.core import Fault
+from backend.core import Access, Fault
+from backend.ioasid import PageResponse
 from backend.pci import ResetKind
 
 words = st.one_of(
@@ -46,7 +54,7 @@ words = st.one_of(
     st.integers(0, 0x80000),
 )
 registers = st.one_of(
-    st.sampled_from([0x00, 0x08, 0x10, 0x18, 0x2000, 0x2008, 0x2010, 0x2018, 0x2020, 0x1A, 0x200C, 0x3FFC]),
+    st.sampled_from([0x00, 0x08, 0x10, 0x18, 0x38, 0x2000, 0x2008, 0x2010, 0x2018, 0x2020, 0x2030, 0x2038, 0x1A]),
     st.integers(0, 0x3FF8),
 )
 register_writes = st.tuples(st.just("register"), registers, st.sampled_from([1, 2, 4, 8]), words)
@@ -67,6 +75,11 @@ commands = st.one_of(
             invalidate_entry(ENDPOINT),
             invalidate_entry(SECOND),
             invalidate_pages(7, 0x7FFF_FFFF_FFFF_F000, size=True),
+            invalidate_pages(7, 0x7FFF_FFFF_FFFF_F000, size=True, pasid=5),
+            invalidate_device_tlb(ENDPOINT, 0x5000),
+            invalidate_device_tlb(ENDPOINT, 0x5000, pasid=5),
+            complete_ppr(ENDPOINT, 1),
+            complete_ppr(SECOND, 2, 1),
         ]
     ),
 )
@@ -78,29 +91,75 @@ entries = st.one_of(
         st.sampled_from([0, TABLES, NOWHERE, MEMORY - 0x1000, 0x000F_FFFF_FFFF_F000]),
         st.integers(0, 7),
         st.integers(0, 9),
-        low=st.sampled_from([0, 1, 3, 3 | READ, 3 | READ | WRITE]),
+        low=st.sampled_from([0, 1, 3, 3 | READ, 3 | READ | WRITE, 3 | READ | WRITE | 1 << 52]),
+        high=st.sampled_from([0, 1 << 32]),
+    ),
+    st.builds(
+        guest_entry,
+        st.sampled_from([0, TABLES, NOWHERE, MEMORY - 0x1000, 0x000F_FFFF_FFFF_F000]),
+        glx=st.integers(0, 3),
+        giov=st.booleans(),
+        five=st.booleans(),
+        domain=st.integers(6, 8),
+        mode=st.sampled_from([0, 0, 4, 7]),
+        low=st.sampled_from([3 | READ | WRITE, 3 | READ | WRITE | 1 << 52]),
+        high=st.sampled_from([0, 1 << 32]),
     ),
 )
 entry_writes = st.tuples(st.just("entry"), st.sampled_from([ENDPOINT, SECOND]), entries, st.just(0))
 table_writes = st.tuples(st.just("table"), st.integers(0, 0x3FF), words, st.just(0))
-requests = st.tuples(st.just("dma"), st.sampled_from([ENDPOINT, SECOND]), st.booleans(), words)
+requests = st.tuples(
+    st.sampled_from(["read", "write", "translate", "translated"]),
+    st.sampled_from([ENDPOINT, SECOND]),
+    st.sampled_from([None, None, 0, 5, 0x1_0000]),
+    words,
+)
+page_requests = st.tuples(
+    st.just("ask"), st.sampled_from([ENDPOINT, SECOND]), st.sampled_from([None, 5]), st.integers(0, 3)
+)
+answers = st.tuples(st.just("answer"), st.integers(0, 9), st.just(0), st.just(0))
+times = st.tuples(st.just("time"), st.sampled_from([0.001, 1.0, 100.0]), st.just(0), st.just(0))
 resets = st.tuples(st.just("reset"), st.sampled_from(ResetKind), st.just(0), st.just(0))
 actions = st.lists(
-    st.one_of(register_writes, submissions, submissions, entry_writes, table_writes, requests, requests, resets),
+    st.one_of(
+        register_writes,
+        submissions,
+        submissions,
+        entry_writes,
+        table_writes,
+        requests,
+        requests,
+        page_requests,
+        answers,
+        times,
+        resets,
+    ),
     max_size=40,
 )
 
 
+class Machine(Vm):
+    """A VM whose endpoints keep translations, and ask for pages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tlb = Tlb()
+        for rid in (ENDPOINT, SECOND):
+            self.engine.set_tlb(self.engine.devices[rid], self.tlb)
+        self.asked = 0
+        self.answers: list[PageResponse] = []
+
+
 @contextmanager
-def machine() -> Iterator[Vm]:
-    vm = Vm()
+def machine() -> Iterator[Machine]:
+    vm = Machine()
     try:
         yield vm
     finally:
         vm.close()
 
 
-def act(vm: Vm, action: tuple[object, ...]) -> None:
+def act(vm: Machine, action: tuple[object, ...]) -> None:
     match action:
         case ("register", int(offset), int(size), int(value)):
             vm.iommu.bar_write(0, offset, size, value & (1 << 8 * size) - 1)
@@ -117,23 +176,36 @@ def act(vm: Vm, action: tuple[object, ...]) -> None:
             vm.ram.poke(DEVICE_TABLE + device * 32, raw)
         case ("table", int(slot), int(value), _):
             vm.ram.poke(TABLES + slot * 8, struct.pack("<Q", value))
-        case ("dma", int(device), bool(write), int(iova)):
-            port = vm.engine.devices[device].port
-            if write:
-                port.write(iova, b"0123456789abcdef")
-            else:
-                port.read(iova, 64)
+        case ("read", int(device), None | int() as pasid, int(iova)):
+            vm.engine.devices[device].port.read(iova, 64, pasid)
+        case ("write", int(device), None | int() as pasid, int(iova)):
+            vm.engine.devices[device].port.write(iova, b"0123456789abcdef", pasid)
+        case ("translate", int(device), None | int() as pasid, int(iova)):
+            vm.engine.devices[device].port.translate(iova, 64, Access.READ | Access.WRITE, pasid)
+        case ("translated", int(device), _, int(iova)):
+            vm.engine.devices[device].port.translated.read(iova, 64)
+        case ("ask", int(device), None | int() as pasid, int(group)):
+            vm.asked += 1
+            vm.engine.devices[device].page_request(
+                pasid, 0x5000, Access.READ, group=group, last=group > 0, answer=vm.answers.append
+            )
+        case ("answer", int(number), _, _):
+            if vm.tlb.unanswered:
+                vm.tlb.unanswered.pop(number % len(vm.tlb.unanswered))()
+        case ("time", float(seconds), _, _):
+            vm.timers.advance(seconds)
         case ("reset", ResetKind() as kind, _, _):
             vm.iommu.reset(kind)
         case _:
             raise AssertionError(action)
 
 
-def check(vm: Vm) -> None:
+def check(vm: Machine) -> None:
     """What holds at any time."""
     for base, pointers, run in (
         (0x08, (COMMAND_HEAD, COMMAND_TAIL), COMMAND_RUN),
         (0x10, (EVENT_HEAD, EVENT_TAIL), EVENT_RUN),
+        (0x38, (PPR_HEAD, PPR_TAIL), PPR_RUN),
     ):
         length = vm.read(base) >> 56
         size = 16 << length if length >= 8 else 0
@@ -143,11 +215,14 @@ def check(vm: Vm) -> None:
         if vm.status & run:
             assert size
             assert vm.read(CONTROL) & IOMMU_EN
-    if vm.status & COMMAND_RUN:
+    if vm.status & COMMAND_RUN and not vm.iommu.device_tlbs.waiting:
         assert vm.read(COMMAND_HEAD) == vm.read(COMMAND_TAIL)
-    ioasids = vm.iommu.domains.ioasids
-    assert len(ioasids) <= 2
-    assert vm.context.get_info(vm.stage2).children == len(ioasids)
+    ioasids = vm.iommu.domains.ioasids.values()
+    assert len(ioasids) <= 4  # a host table and a GCR3 table of each endpoint's
+    beneath = [ioasid for ioasid in ioasids if vm.context.get_info(ioasid).parent == vm.stage2]
+    assert vm.context.get_info(vm.stage2).children == len(beneath)
+    assert len(vm.timers.waiting) <= 2 * 32
+    assert len(vm.answers) <= vm.asked
 
 
 @settings(max_examples=150, deadline=None)
@@ -158,6 +233,7 @@ def test_any_sequence_of_accesses(sequence: list[tuple[object, ...]]) -> None:
         for action in sequence:
             act(vm, action)
             check(vm)
+            vm.tlb.take()
         # The next guest finds the IOMMU as new, and a good driver is served.
         vm.iommu.reset(ResetKind.LOST_CONNECTION)
         vm.ram.poke(DATA, b"good")
@@ -177,6 +253,10 @@ def test_any_commands(batch: list[bytes]) -> None:
     with machine() as vm:
         vm.start()
         vm.submit(*batch)
+        check(vm)
+        while vm.tlb.unanswered:
+            vm.tlb.unanswered.pop()()
+        assert not vm.iommu.device_tlbs.waiting
         check(vm)
         events = vm.events()
         if vm.status & COMMAND_RUN:
