@@ -4,6 +4,7 @@ The package knows nothing of what it carries: methods come as a table, each take
 """
 
 from .blocking import BlockingClient
+from .budget import Account, Budget
 from .client import Client
 from .connection import Connection, Method, Session
 from .errors import Disconnected, Malformed, RpcError, SocketRefused
@@ -14,7 +15,9 @@ from .sockets import Peer
 
 __all__ = [
     "VERSION",
+    "Account",
     "BlockingClient",
+    "Budget",
     "Client",
     "Connection",
     "Disconnected",

@@ -81,7 +81,7 @@ async def test_compare_exchange_of_16_bytes(client: Client, ram: Memory) -> None
     """Two numbers of 64 bits are too small for it: bytes go both ways, in the order in which they lie in memory."""
     before, after = bytes(range(1, 17)), bytes(range(255, 239, -1))
     ram.put(0x60, before + b"beyond")
-    fields = {"rid": FIRST, "iova": 0x60, "width": 16}
+    fields: dict[str, Any] = {"rid": FIRST, "iova": 0x60, "width": 16}
     answer = await client.call("endpoint.compare_exchange", compare=after, value=bytes(16), **fields)
     assert answer == {"value": before, "fault": None}, "it is something else"
     assert ram.get(0x60, 16) == before

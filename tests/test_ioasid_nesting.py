@@ -243,25 +243,25 @@ def test_no_room_in_a_child_refuses_the_whole(nest: Nest, monkeypatch: pytest.Mo
     assert all(nest.sees(each, 0, 1, 11) == [1, 2, 2] for each in children)
 
 
-def test_room_is_the_engines_and_given_back(nest: Nest) -> None:
-    left = nest.engine.merged_room.left
+def test_room_is_given_back(nest: Nest) -> None:
+    left = nest.ctx.merged_room.left
     child = nest.beneath(nest.root)
     nest.map(child, 0, 0, 8)
     for page in range(8):
         nest.map_ram(page, page)
-    assert nest.engine.merged_room.left == left - 8
+    assert nest.ctx.merged_room.left == left - 8
     nest.unmap(nest.root, 3)
-    assert nest.engine.merged_room.left == left - 7
-    nest.engine.merged_room.left = 0
+    assert nest.ctx.merged_room.left == left - 7
+    nest.ctx.merged_room.left = 0
     with pytest.raises(IoasidError) as refused:
         nest.map_ram(3, 3)
     assert refused.value.errno == errno.ENOSPC
     assert nest.sees(nest.root, 3) == [None]
-    nest.engine.merged_room.left = left - 7
+    nest.ctx.merged_room.left = left - 7
     while len(nest.engine.devices[child].stacks.get(None, [])):
         nest.ctx.detach(child)
     nest.ctx.free(child)
-    assert nest.engine.merged_room.left == left
+    assert nest.ctx.merged_room.left == left
     nest.map_ram(3, 3)  # and nobody follows any more
 
 

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from backend.core import Access, Fault
 from backend.ioasid import Engine, Kind
 from backend.ioasid.intervals import Intervals
+from backend.ioasid.limits import MAX_MERGED
 
 RW = Access.READ | Access.WRITE
 PAGES = 10
@@ -138,11 +139,11 @@ class Nesting(RuleBasedStateMachine):
                         assert (answer.hva, answer.access & RW) == (self.ram.hva + leads[0] * PAGE, leads[1])
 
     def teardown(self) -> None:
-        left = self.engine.merged_room.left
+        left = self.ctx.merged_room.left
         self.ctx.close()
         assert self.engine.core.counters().table_pages == 0
-        assert self.engine.merged_room.left >= left
-        assert self.engine.merged_room.left == Engine().merged_room.left
+        assert self.ctx.merged_room.left >= left
+        assert self.ctx.merged_room.left == MAX_MERGED
         self.engine.close()
         self.ram.close()
 

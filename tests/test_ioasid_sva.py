@@ -17,6 +17,7 @@ from host_process import PAGE, HostProcess
 from backend.core import Access, Fault, Reason
 from backend.ioasid import COMMANDS, Context, Engine, IoasidError, Kind
 from backend.ioasid.limits import MAX_PROCESSES
+from protocol.sockets import allow_descriptors
 
 RID = 8
 PASID = 5
@@ -152,6 +153,7 @@ def test_another_users_process_is_refused(child: HostProcess) -> None:
 
 
 def test_processes_are_bounded_and_their_descriptors_given_back(machine: Machine) -> None:
+    allow_descriptors(3 * MAX_PROCESSES)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(MAX_PROCESSES):
         machine.ctx.alloc(Kind.SVA, pid=os.getpid())

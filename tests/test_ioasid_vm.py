@@ -178,7 +178,7 @@ def test_a_users_children_do_not_keep_the_vm_from_its_memory(vm: Vm, monkeypatch
     merged = vm.ctx.alloc(Kind.KERNEL, parent=stage2)
     for at in range(4):
         vm.ctx.map_dma(merged, at * PAGE, 0, PAGE)
-    vm.engine.merged_room.left = 2
+    vm.ctx.merged_room.left = 2
     vm.comes(0, 9)
     vm.ctx.attach(RID, stage2)
     assert vm.sees(0) == [9]
@@ -186,7 +186,7 @@ def test_a_users_children_do_not_keep_the_vm_from_its_memory(vm: Vm, monkeypatch
     assert sorted(vm.sees(0, 1, 2, 3), key=str) == [9, 9, None, None]
     vm.goes(0)
     assert vm.sees(0, 1, 2, 3) == [None] * 4
-    assert vm.engine.merged_room.left == 2
+    assert vm.ctx.merged_room.left == 2
 
 
 def test_memory_that_cannot_be(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:

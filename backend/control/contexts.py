@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from backend.ioasid import Context, Device, Engine, IoasidError
 
+from .budgets import Budgets
 from .session import ClientMemory, Session
 
 
@@ -20,6 +21,8 @@ class Contexts:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.budgets = Budgets()
+        """What all clients may hold together."""
         self._numbers: WeakKeyDictionary[Context, int] = WeakKeyDictionary()
         self._names: WeakKeyDictionary[Context, str] = WeakKeyDictionary()
         self._sessions: dict[Context, Session] = {}
@@ -39,7 +42,7 @@ class Contexts:
 
     def open(self, session: Session) -> Context:
         """A context for a connection."""
-        context = self.engine.open(session.memory)
+        context = self.engine.open(session.memory, share=self.budgets.share())
         self.name(context, f"client of pid {session.pid}")
         self.number(context)
         self._sessions[context] = session

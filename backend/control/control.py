@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.ioasid import Context, Engine
+from backend.ioasid.limits import MAX_PROCESSES
 from protocol import Connection, Method, Server
 from protocol.sockets import allow_descriptors
 
@@ -21,7 +22,8 @@ from .session import Session
 from .status import Status
 
 DESCRIPTORS = 4
-"""Of a connection: its socket, a memfd on its way, and what holds its client's process."""
+"""Of a connection: its socket, a memfd on its way, and what holds its client's process. IOASIDs of kind sva take two
+each."""
 
 Look = Callable[[Session, Params], Any]
 
@@ -80,7 +82,7 @@ class Control:
 
     async def start(self) -> None:
         """Listen. Raises protocol.SocketRefused."""
-        allow_descriptors(self._server.limits.connections * DESCRIPTORS)
+        allow_descriptors(self._server.limits.connections * DESCRIPTORS + 2 * MAX_PROCESSES)
         await self._server.start()
 
     async def close(self) -> None:
@@ -97,6 +99,7 @@ def share(session: Session, params: Params) -> dict[str, Any]:
     params.end()
     fd = session.take_fd("memory.share")
     try:
+        _ = session.context  # who shares memory is one of those whom there is a part of it for
         shared = session.memory.shared.add(fd, vaddr, size, offset)
     finally:
         os.close(fd)

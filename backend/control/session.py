@@ -20,9 +20,9 @@ class ClientMemory:
     """The client's addresses. What it shared as a memfd is mapped here, the fast way; the rest is reached where it is,
     in the client's process."""
 
-    def __init__(self, pid: int | None = None) -> None:
+    def __init__(self, pid: int | None = None, shared: SharedMemory | None = None) -> None:
         """`pid`: of the client; None: what it did not share cannot be reached."""
-        self.shared = SharedMemory()
+        self.shared = shared if shared is not None else SharedMemory()
         self._pid = pid
         self._held: Process | None = None
 
@@ -79,7 +79,9 @@ class Session:
         self._contexts = contexts
         self.connection = connection
         self.pid = connection.peer.pid
-        self.memory = ClientMemory(self.pid)
+        budgets = contexts.budgets
+        shared = SharedMemory(budgets.shared_bytes.account(), budgets.shared_ranges.account())
+        self.memory = ClientMemory(self.pid, shared)
         self.held: set[int] = set()
         """RIDs of endpoints that this connection holds as an open device file would."""
         self._context: Context | None = None

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 
 from backend.ioasid import PAGE_SIZE, IoasidError
+from backend.ioasid.share import UNBOUNDED, Allowance
 
 MAX_SHARES = 64
 """Ranges that one client may share at a time: a VM's memory has fewer than ten parts, and a thousand clients must fit
@@ -54,9 +55,14 @@ class Share:
 
 
 class SharedMemory:
-    """What one client has shared. All of it goes at `close`, which must come after its context's end."""
+    """What one client has shared. All of it goes at `close`, which must come after its context's end.
 
-    def __init__(self) -> None:
+    size, ranges: what it may have beside other clients, bytes and mappings of this process.
+    """
+
+    def __init__(self, size: Allowance = UNBOUNDED, ranges: Allowance = UNBOUNDED) -> None:
+        self._size = size
+        self._ranges = ranges
         self._shares: list[Share] = []
         self._places: list[tuple[int, int]] = []
 
@@ -73,7 +79,12 @@ class SharedMemory:
         writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & (fcntl.F_SEAL_WRITE | getattr(fcntl, "F_SEAL_FUTURE_WRITE", 0x10)):
             writable = False
-        hva = self._map(fd, vaddr, size, offset, writable=writable)
+        self._take(size)
+        try:
+            hva = self._map(fd, vaddr, size, offset, writable=writable)
+        except BaseException:
+            self._give(size)
+            raise
         share = Share(vaddr, size, hva, writable)
         self._shares.append(share)
         self._places.append((hva, size))
@@ -108,6 +119,7 @@ class SharedMemory:
         """Unmap everything."""
         for hva, size in self._places:
             _munmap(hva, size)
+            self._give(size)
         self._shares.clear()
         self._places.clear()
 
@@ -134,6 +146,17 @@ class SharedMemory:
             raise IoasidError(errno.ENOSPC, f"{where}: more than {MAX_SIZE:#x} bytes in all: share less")
         if len(self._places) >= MAX_PLACES:
             raise IoasidError(errno.ENOSPC, f"{where}: {MAX_PLACES} ranges were shared: connect again")
+
+    def _take(self, size: int) -> None:
+        if not self._ranges.take():
+            raise IoasidError(errno.ENOSPC, "share: the clients have shared all the ranges they may have: use fewer")
+        if not self._size.take(size):
+            self._ranges.give()
+            raise IoasidError(errno.ENOMEM, f"share: {size:#x} bytes more than the clients may share together")
+
+    def _give(self, size: int) -> None:
+        self._ranges.give()
+        self._size.give(size)
 
     def _map(self, fd: int, vaddr: int, size: int, offset: int, *, writable: bool) -> int:
         """Where it lies is congruent to vaddr modulo the largest leaf that fits: as the client laid out its own."""

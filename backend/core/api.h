@@ -212,6 +212,8 @@ void vio_engine_destroy(vio_engine *engine);
 int vio_walk_caches(vio_engine *engine, int on); /* from the start: as the IOTLB is. Anew, they are empty */
 void vio_invalidate_all(vio_engine *engine);
 void vio_engine_counters(vio_engine *engine, vio_counters *out);
+/* vio_counters.table_pages alone, without waiting for anything: between changes of the caller's own. */
+uint64_t vio_table_pages(const vio_engine *engine);
 int vio_format_find(const char *name);
 const char *vio_format_name(int format);
 

@@ -290,6 +290,12 @@ class Core(Requests):
 
     # Counters
 
+    @property
+    def table_pages(self) -> int:
+        """As in Counters, at once: for whoever makes changes, one at a time, and wants to know what each one took."""
+        pages: int = lib.vio_table_pages(self._native or self._closed())
+        return pages
+
     def counters(self) -> Counters:
         """Return the totals."""
         out = ffi.new("vio_counters *")

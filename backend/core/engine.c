@@ -96,6 +96,11 @@ void vio_engine_counters(vio_engine *engine, vio_counters *out)
     engine_change_end(engine);
 }
 
+uint64_t vio_table_pages(const vio_engine *engine)
+{
+    return engine->pool.pages;
+}
+
 void vio_invalidate_all(vio_engine *engine)
 {
     engine_change_begin(engine);

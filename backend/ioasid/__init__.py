@@ -17,6 +17,7 @@ from .pasid_formats import PASID_FORMATS, PasidTableFormat, PasidTableRule
 from .pasid_pool import PasidMode
 from .port import DevicePort
 from .processes import Process, open_process
+from .share import Share
 from .spaces import Untagged
 from .traits import BEHIND_X86, MSI_WINDOW, Traits, Window
 from .user_memory import OwnMemory, UserMemory
@@ -58,6 +59,7 @@ __all__ = [
     "PasidTableRule",
     "PgtableFormat",
     "Process",
+    "Share",
     "Traits",
     "Untagged",
     "UserMemory",

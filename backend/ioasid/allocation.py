@@ -191,8 +191,15 @@ class AllocationCommands(TableCommands):
                 errno.EINVAL, f"pages of {fmt.granule} bytes are larger than the memory's they stand for: use smaller"
             )
         core_id = self.engine.new_core_id()
-        with within_format(command):
-            body = make(Request(command, self.engine, core_id, fmt, parent, self.memory, pid))
+        pages = self._core.table_pages
+        self._take(command, self.share.ioasids, "IOASIDs")
+        try:
+            with within_format(command):
+                body = make(Request(command, self._self, core_id, fmt, parent, pid))
+            self._pay(command, pages, body.close)
+        except BaseException:
+            self.share.ioasids.give()
+            raise
         ioasid = heappop(self._free) if self._free else len(self._spaces) + 1
         space = Space(self._self, ioasid, core_id, kind, fmt, body, parent)
         space.enforce_snoop = enforce_snoop or (parent is not None and parent.enforce_snoop)
@@ -206,7 +213,11 @@ class AllocationCommands(TableCommands):
         last = self._core.space_counters(space.core_id)
         for mapping in space.mappings:
             self._account(space, mapping, -1)
+        pages = self._core.table_pages
         space.body.close()
+        self.share.table_pages.give(pages - self._core.table_pages)
+        self.share.mappings.give(len(space.mappings))
+        self.share.ioasids.give()
         self.engine.leave(space, last)
         del self._spaces[space.ioasid]
         heappush(self._free, space.ioasid)

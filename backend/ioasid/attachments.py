@@ -78,9 +78,11 @@ class AttachmentCommands(Routes):
         self._refuse_group(command, device, space, pasid if vpasid is None else vpasid)
         if device.attachments >= MAX_ATTACHMENTS:
             raise command.refuse(errno.ENOSPC, f"{device} has {MAX_ATTACHMENTS} attachments: detach one first")
+        self._take(command, self.share.attachments, "attachments")
         if vpasid is not None:
             key = device.register(vpasid)
             if key is None:
+                self.share.attachments.give()
                 raise command.refuse(errno.ENOSPC, f"no PASID is left in the pool of {device}: detach one first")
         device.push(key, Attachment(space, access, ats))
         try:
@@ -90,6 +92,7 @@ class AttachmentCommands(Routes):
             device.pop(key)
             self._route_translated(device)
             device.unregister(key)
+            self.share.attachments.give()
             raise
         if self.engine.watched:
             self.engine.changed(Change(What.ATTACH, self._self, ioasid, rid, device.virtual(key)))
@@ -218,6 +221,7 @@ class AttachmentCommands(Routes):
         delegated = pasid is None and device.delegated is not None
         virtual = device.virtual(pasid)
         gone = device.pop(pasid)
+        self.share.attachments.give()
         self._route_all(device, pasid)
         self.faults.release(device, pasid, every=delegated)
         if device.traits.pasid_mode == PasidMode.GLOBAL and pasid is not None:

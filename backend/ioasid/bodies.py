@@ -17,10 +17,11 @@ from .kinds import Kind
 from .limits import MAX_PROCESSES
 from .merged import HostTable
 from .processes import Process, open_process
+from .share import Allowance
 from .spaces import Body, CoreBody, Space
-from .user_memory import UserMemory
 
 if TYPE_CHECKING:
+    from .context import Context
     from .engine import Engine
 
 
@@ -30,14 +31,16 @@ class Request:
 
     command: Command
     """To refuse with."""
-    engine: Engine
+    context: Context
     core_id: int
     """Of the space in the core that the maker makes."""
     format: PgtableFormat
     parent: Space | None
-    memory: UserMemory
-    """Of the user."""
     pid: int | None
+
+    @property
+    def engine(self) -> Engine:
+        return self.context.engine
 
     @property
     def core(self) -> Core:
@@ -70,10 +73,10 @@ def _table(request: Request, above: HostTable | None, leave: Callable[[HostTable
         return HostTable(
             request.core,
             request.core_id,
-            request.engine.merged_room,
+            request.context.merged_room,
             above,
             leave=leave,
-            memory=request.memory,
+            memory=request.context.memory,
             width=rule.address_width(fmt, host=True),
             write_only=rule.write_only,
         )
@@ -85,22 +88,25 @@ def _table(request: Request, above: HostTable | None, leave: Callable[[HostTable
 def sva(request: Request) -> Body:
     """The address space of a process."""
     assert request.pid is not None
-    engine = request.engine
-    if engine.processes >= MAX_PROCESSES:
+    engine, allowance = request.engine, request.context.share.processes
+    if engine.processes >= MAX_PROCESSES or not allowance.take():
         raise request.command.refuse(
-            errno.ENOSPC, f"{MAX_PROCESSES} IOASIDs stand for processes already: free one first"
+            errno.ENOSPC, f"{engine.processes} IOASIDs stand for processes already: free one first"
         )
     try:
         process = open_process(request.pid)
-    except IoasidError as error:
-        raise request.command.refuse(error.errno or 0, error.sentence) from error
-    try:
-        request.core.create_process_space(request.core_id, process.memory)
-    except BaseException:
-        process.close()
+        try:
+            request.core.create_process_space(request.core_id, process.memory)
+        except BaseException:
+            process.close()
+            raise
+    except BaseException as error:
+        allowance.give()
+        if isinstance(error, IoasidError):
+            raise request.command.refuse(error.errno or 0, error.sentence) from error
         raise
     engine.processes += 1
-    return ProcessBody(engine, request.core_id, process)
+    return ProcessBody(engine, request.core_id, process, allowance)
 
 
 @dataclass(slots=True)
@@ -110,11 +116,13 @@ class ProcessBody:
     engine: Engine
     core_id: int
     process: Process
+    allowance: Allowance
 
     def close(self) -> None:
         self.engine.core.destroy_space(self.core_id)
         self.process.close()
         self.engine.processes -= 1
+        self.allowance.give()
 
 
 def user(request: Request) -> Body:

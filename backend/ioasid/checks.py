@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, cast
@@ -16,8 +16,10 @@ from .fault_queue import FaultQueue
 from .formats import FORMATS, PgtableFormat
 from .kinds import Kind
 from .mappings import Mapping
+from .merged import Room
 from .pasid_formats import PasidTableFormat
 from .pinned_memory import PinnedMemory
+from .share import ALL, Allowance, Share
 from .spaces import Space
 from .user_memory import OwnMemory, UserMemory
 
@@ -29,14 +31,19 @@ if TYPE_CHECKING:
 class Checks:
     """What a context owns, and the refusals that all groups of commands share."""
 
-    def __init__(self, engine: Engine, memory: UserMemory | None = None, vm: object = None) -> None:
+    def __init__(
+        self, engine: Engine, memory: UserMemory | None = None, vm: object = None, share: Share = ALL
+    ) -> None:
         self.engine = engine
+        self.share = share
+        """What it may have beside other contexts."""
+        self.merged_room = Room(share.mappings)
         self.memory = memory if memory is not None else OwnMemory()
         self.vm = vm if vm is not None else self
         """Contexts of one VM share it: its PASIDs are the same in all."""
         self.pinned = PinnedMemory()
         """What is accounted; its `limit` can be set."""
-        self.faults = FaultQueue(engine.clock, engine.page_timeout, engine.arm)
+        self.faults = FaultQueue(engine.clock, engine.page_timeout, engine.arm, share.records)
         self._core = engine.core
         self._spaces: dict[int, Space] = {}
         self._free: list[int] = []
@@ -55,6 +62,23 @@ class Checks:
         if self._closed:
             raise command.refuse(errno.EBADF, "this context was closed: open another")
         command.check(fields)
+
+    def _take(self, command: Command, allowance: Allowance, what: str) -> None:
+        """Have one more of what all contexts share, or refuse."""
+        if not allowance.take():
+            raise command.refuse(errno.ENOSPC, f"the clients have all the {what} they may have together: free some")
+
+    def _pay(self, command: Command, before: int, undo: Callable[[], object]) -> None:
+        """Pages of tables that were taken since there were so many are this context's. Where it may have no more of
+        them, `undo` gives them back, and the command is refused."""
+        taken = self._core.table_pages - before
+        if taken > 0 and not self.share.table_pages.take(taken):
+            undo()
+            raise command.refuse(
+                errno.ENOSPC, f"{taken} pages of tables more than the clients may have together: free some, or map less"
+            )
+        if taken < 0:
+            self.share.table_pages.give(-taken)
 
     def _space(self, command: Command, ioasid: int, /, **fields: object) -> Space:
         """The IOASID, on whose kind the command is legal. Fields, where given, are checked first."""

@@ -34,5 +34,7 @@ class Context(
             self._release(device)
         for space in sorted(self._spaces.values(), key=lambda each: each.depth, reverse=True):
             self._drop(space)
+        self.share.mappings.give(len(self.pinned))
+        self.faults.close()
         self._closed = True
         self.engine.contexts.discard(self)

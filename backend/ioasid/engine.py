@@ -16,8 +16,8 @@ from .errors import IoasidError
 from .kinds import Kind
 from .kvm_pasids import KvmPasids
 from .limits import MAX_CONTEXTS, MAX_DEVICES, MAX_PASID, MAX_RID
-from .merged import Room
 from .pasid_pool import PasidMode, PasidPool, SharedPasids
+from .share import ALL, Share
 from .spaces import Space
 from .traits import Traits
 from .user_memory import UserMemory
@@ -63,7 +63,6 @@ class Engine:
         self.contexts: set[Context] = set()
         self.vm_memory = VmMemorySource(self._vm_memory_gone)
         """Where the VM's memory lies: what IOASIDs of kind vm follow."""
-        self.merged_room = Room()
         self.processes = 0
         """IOASIDs of kind sva."""
         self._spaces: dict[int, Space] = {}
@@ -76,15 +75,15 @@ class Engine:
         self._telling = False
         self._watchers: list[ChangeListener] = []
 
-    def open(self, memory: UserMemory | None = None, vm: object = None) -> Context:
+    def open(self, memory: UserMemory | None = None, vm: object = None, share: Share = ALL) -> Context:
         """A new context, as each open of /dev/ioasid gives. ENOSPC: the engine has all that it may have.
 
         `memory`: of the user, whose addresses MAP_DMA takes; None: this process. `vm`: contexts opened with the same
-        one belong to one VM, whose PASIDs they share; None: a VM of its own.
+        one belong to one VM, whose PASIDs they share; None: a VM of its own. `share`: what it may have beside others.
         """
         if len(self.contexts) >= MAX_CONTEXTS:
             raise IoasidError(errno.ENOSPC, f"open: {MAX_CONTEXTS} contexts are open: close one first")
-        context = Context(self, memory, vm)
+        context = Context(self, memory, vm, share)
         self.contexts.add(context)
         return context
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from backend.core import Access, Fault, Reason
 
 from .limits import MAX_FAULTS, MAX_PAGE_REQUESTS
+from .share import Allowance
 
 if TYPE_CHECKING:
     from .device import Device
@@ -87,13 +88,16 @@ class FaultQueue:
     are read.
 
     clock: seconds, monotonic. timeout: seconds that a group waits for its answer, from its first request on; then it
-    is invalid. arm: told when that will be, of every group that opens.
+    is invalid. arm: told when that will be, of every group that opens. records: what is kept beside other contexts.
     """
 
-    def __init__(self, clock: Callable[[], float], timeout: float, arm: Callable[[float], None]) -> None:
+    def __init__(
+        self, clock: Callable[[], float], timeout: float, arm: Callable[[float], None], records: Allowance
+    ) -> None:
         self._clock = clock
         self._timeout = timeout
         self._arm = arm
+        self._records = records
         self._groups: dict[tuple[int, int], _Group] = {}
         """By RID and index, oldest first."""
         self._unread: dict[int, tuple[_Group | None, FaultRecord]] = {}
@@ -133,7 +137,7 @@ class FaultQueue:
         refused = None
         if group is not None and (group.complete or group.pasid != pasid):
             refused = Code.INVALID
-        elif self._requests >= MAX_PAGE_REQUESTS:
+        elif self._requests >= MAX_PAGE_REQUESTS or not self._records.take():
             refused = Code.FAILURE
             if group is not None:  # it can never be complete now
                 self._finish(group, Code.FAILURE)
@@ -152,7 +156,7 @@ class FaultQueue:
 
     def report(self, device: Device, fault: Fault) -> None:
         """An unrecoverable fault of a device; its IOASID and PASID are the user's already."""
-        if self._unrecoverable >= MAX_FAULTS:
+        if self._unrecoverable >= MAX_FAULTS or not self._records.take():
             self._lost += 1
             return
         self._unrecoverable += 1
@@ -180,7 +184,9 @@ class FaultQueue:
         records = []
         for number in taken:
             group, record = self._unread.pop(number)
-            self._unrecoverable -= group is None
+            if group is None:
+                self._unrecoverable -= 1
+                self._records.give()
             records.append(record)
         lost, self._lost = self._lost, 0
         return Faults(tuple(records), lost)
@@ -200,6 +206,12 @@ class FaultQueue:
         for key, group in list(self._groups.items()):
             if group.device is device and (every or group.pasid == pasid) and self._groups.get(key) is group:
                 self._finish(group, Code.INVALID)
+
+    def close(self) -> None:
+        """Nobody reads what is left. Page requests were released before, with their devices."""
+        self._records.give(self._unrecoverable)
+        self._unread.clear()
+        self._unrecoverable = 0
 
     def expire(self) -> None:
         """Give up waiting where time is over."""
@@ -221,6 +233,7 @@ class FaultQueue:
         device = group.device
         del self._groups[device.rid, group.index]
         self._requests -= len(group.numbers)
+        self._records.give(len(group.numbers))
         for number in group.numbers:
             self._unread.pop(number, None)
         group.answer(PageResponse(device.rid, device.virtual(group.pasid), group.index, code))

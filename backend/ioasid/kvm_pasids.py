@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .limits import MAX_KVM_PASIDS
+from .share import Allowance
 
 Reach = tuple[int, int]
 """A physical PASID, and the IOASID (its number in the core) that it reaches."""
@@ -12,7 +13,7 @@ class KvmPasids:
     """(VM, guest's PASID) -> physical PASID and the IOASID it was mapped for."""
 
     def __init__(self) -> None:
-        self._map: dict[tuple[object, int], Reach] = {}
+        self._map: dict[tuple[object, int], tuple[Reach, Allowance]] = {}
         self._keys: dict[Reach, set[tuple[object, int]]] = {}
 
     def __len__(self) -> int:
@@ -26,18 +27,20 @@ class KvmPasids:
     def translate(self, vm: object, pasid: int) -> int | None:
         """The physical PASID that work of the guest is submitted under; None: the instruction is refused."""
         found = self._map.get((vm, pasid))
-        return found[0] if found is not None else None
+        return found[0][0] if found is not None else None
 
-    def put(self, vm: object, pasid: int, reach: Reach) -> None:
-        """Map one that is not mapped."""
-        self._map[vm, pasid] = reach
+    def put(self, vm: object, pasid: int, reach: Reach, allowance: Allowance) -> None:
+        """Map one that is not mapped. It was taken of the allowance, and is given back as it goes."""
+        self._map[vm, pasid] = reach, allowance
         self._keys.setdefault(reach, set()).add((vm, pasid))
 
     def take(self, vm: object, pasid: int) -> bool:
         """Unmap one; False: it is not mapped."""
-        reach = self._map.pop((vm, pasid), None)
-        if reach is None:
+        found = self._map.pop((vm, pasid), None)
+        if found is None:
             return False
+        reach, allowance = found
+        allowance.give()
         keys = self._keys[reach]
         keys.remove((vm, pasid))
         if not keys:
@@ -47,4 +50,5 @@ class KvmPasids:
     def forget(self, reach: Reach) -> None:
         """The IOASID is reached under that PASID no more."""
         for key in self._keys.pop(reach, ()):
-            del self._map[key]
+            _, allowance = self._map.pop(key)
+            allowance.give()

@@ -56,12 +56,13 @@ USER_END = 1 << 47
 """Linux gives a process on x86-64 no address beyond, unless it asks for one."""
 
 MAX_MERGED = 1 << 20
-"""Pieces of an engine's software-nested tables: sixteen tables full of mappings. What nests multiplies: a child that
+"""Pieces of a context's software-nested tables: sixteen tables full of mappings. What nests multiplies: a child that
 maps one address of its parent's a thousand times takes a thousand pieces, and its child may do so with each of them."""
 
 MAX_DEPTH = 8
 """Host-managed IOASIDs above one another: guests of guests of guests have four, and each one costs every change its
 share."""
 
-MAX_PROCESSES = 128
-"""IOASIDs of kind sva of an engine: two descriptors each, a quarter of the 1,024 that a process usually has."""
+MAX_PROCESSES = MAX_CONTEXTS + 256
+"""IOASIDs of kind sva of an engine: one of each context, and a few of those that have more. Two descriptors each: what
+the system gives fewer of is refused by it."""

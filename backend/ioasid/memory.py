@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from functools import partial
 
 from backend.core import RW, Access
 
@@ -35,6 +36,7 @@ class MemoryCommands(Checks):
             raise command.refuse(errno.ENOSPC, f"{MAX_REGISTERED} ranges are registered: use fewer, larger ones")
         self._user_memory(command, vaddr, size, Access.READ)
         self._pin(command, size)
+        self._take(command, self.share.mappings, "mappings")
         self.pinned.register(vaddr, size)
 
     def unregister_memory(self, vaddr: int, size: int) -> None:
@@ -53,6 +55,7 @@ class MemoryCommands(Checks):
         if registered.users:
             raise command.refuse(errno.EBUSY, f"{registered.users} mappings use it: unmap them first")
         self.pinned.unregister(registered)
+        self.share.mappings.give()
 
     def map_dma(self, ioasid: int, iova: int, vaddr: int, size: int, access: Access = RW) -> None:
         """MAP_DMA: [iova, iova + size) stands for the user's [vaddr, vaddr + size), or beneath a parent, for addresses
@@ -95,8 +98,15 @@ class MemoryCommands(Checks):
         where = self._user_memory(command, vaddr, size, access) if space.parent is None else vaddr
         pinned = self._pinned_for(command, vaddr, size) if space.parent is None else None
         mapping = Mapping(iova, size, vaddr, where, access, pinned is not None)
-        with within_limits(command):
-            table.map(mapping)
+        self._take(command, self.share.mappings, "mappings")
+        pages = self._core.table_pages
+        try:
+            with within_limits(command):
+                table.map(mapping)
+            self._pay(command, pages, partial(table.unmap, mapping))
+        except BaseException:
+            self.share.mappings.give()
+            raise
         self._account(space, mapping, 1)
 
     def unmap_dma(self, ioasid: int, iova: int, size: int) -> None:
@@ -114,7 +124,10 @@ class MemoryCommands(Checks):
                 errno.EINVAL,
                 f"{size:#x} bytes at {iova:#x}, where {mapping.size:#x} were mapped: unmap them all at once",
             )
+        pages = self._core.table_pages
         space.table.unmap(mapping)
+        self.share.table_pages.give(pages - self._core.table_pages)
+        self.share.mappings.give()
         self._account(space, mapping, -1)
         self.engine.forget_tlbs(space, iova, size)
 
@@ -122,8 +135,10 @@ class MemoryCommands(Checks):
         """SET_DIRTY_TRACKING: `on` while it is on changes nothing; off forgets."""
         command = cmd.SET_DIRTY_TRACKING
         space = self._space(command, ioasid, ioasid=ioasid, on=on)
+        pages, was = self._core.table_pages, space.table.tracked
         with within_limits(command):
             space.table.track(on)
+        self._pay(command, pages, partial(space.table.track, was))
 
     def get_dirty_bitmap(
         self, ioasid: int, iova: int, size: int, page_size: int = PAGE_SIZE, clear: bool = True

@@ -10,25 +10,28 @@ from backend.core import FOREIGN, Access, Core, LimitError, NoMemoryError
 from .intervals import Intervals
 from .limits import MAX_MAPPINGS, MAX_MERGED
 from .mappings import Mapping, Mappings
+from .share import UNBOUNDED, Allowance
 from .user_memory import UserMemory
 
 NO_ROOM = (LimitError, NoMemoryError, MemoryError)
 
 
 class Room:
-    """How many pieces of merged tables an engine may have yet."""
+    """How many pieces of merged tables a context may have yet; each is one of its mappings beside other contexts'."""
 
-    def __init__(self, pieces: int = MAX_MERGED) -> None:
-        self.left = pieces
+    def __init__(self, mappings: Allowance = UNBOUNDED) -> None:
+        self.left = MAX_MERGED
+        self._mappings = mappings
 
     def take(self) -> None:
         """LimitError: all are in use."""
-        if not self.left:
-            raise LimitError(f"the engine's merged tables have {MAX_MERGED} pieces")
+        if not self.left or not self._mappings.take():
+            raise LimitError(f"a context's merged tables have {MAX_MERGED} pieces at most, or the clients no room")
         self.left -= 1
 
     def give(self) -> None:
         self.left += 1
+        self._mappings.give()
 
 
 @dataclass(slots=True, eq=False)

@@ -36,7 +36,8 @@ class PasidCommands(Checks):
             raise command.refuse(errno.EEXIST, f"PASID {pasid} is mapped: UNMAP_PASID first")
         if kvm.full:
             raise command.refuse(errno.ENOSPC, f"{len(kvm)} PASIDs are mapped: unmap one first")
-        kvm.put(self.vm, pasid, (reached.pop(), space.core_id))
+        self._take(command, self.share.mappings, "mappings")
+        kvm.put(self.vm, pasid, (reached.pop(), space.core_id), self.share.mappings)
 
     def unmap_pasid(self, pasid: int) -> None:
         """UNMAP_PASID: ENQCMD with this PASID is refused from now on."""
