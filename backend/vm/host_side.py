@@ -16,6 +16,7 @@ from backend.vm.machine import FunctionConfig
 from backend.vm.placement import Placement
 from backend.vm.qemu_process import QemuProcess
 from backend.vm.report import Check, DmaExample
+from backend.vm.sva_side import SvaSide
 from backend.vm.traffic import Traffic
 
 PAGE = 4096
@@ -53,6 +54,7 @@ class HostSide:
         self.checks: list[Check] = []
         self.traffic = Traffic()
         self.example: DmaExample | None = None
+        self._sva = SvaSide(backend) if any(name.startswith("sva-") for name in backend.machine.checks) else None
         self._commands_before = {name: iommu.commands.copy() for name, iommu in backend.iommus.items()}
 
     async def ready(self, facts: Mapping[str, str]) -> None:
@@ -118,6 +120,8 @@ class HostSide:
         self.checks += self._traffic_checks()
         if self.example is not None:
             self.checks.append(self._tables_check(self.example))
+        if self._sva is not None:
+            self.checks += self._sva.checks()
         return self._step
 
     def _endpoint(self, bdf: str) -> tuple[FunctionConfig, NvmeController] | None:

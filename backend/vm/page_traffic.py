@@ -41,9 +41,10 @@ class PasidPages:
 class _Open:
     """A group that was asked for and not answered."""
 
-    pages: int
+    first: tuple[int, Access]
     begin: float
     used: float
+    pages: int = 0
 
 
 class PageMeter:
@@ -53,6 +54,8 @@ class PageMeter:
         self.by_pasid: dict[int | None, PasidPages] = {}
         self.total = PasidPages()
         self.round_trips: deque[RoundTrip] = deque(maxlen=TIMES_KEPT)
+        self.on_answer: Callable[[PageResponse, int, Access], None] | None = None
+        """Told of each answer, before its device, with the first page of the group."""
         self._open: dict[tuple[int, int], _Open] = {}
 
     def begin(self) -> None:
@@ -82,7 +85,7 @@ class PageMeter:
         opened = self._open.get(key)
         counts = self._counts(pasid)
         if opened is None:
-            opened = self._open[key] = _Open(0, time.perf_counter(), time.thread_time())
+            opened = self._open[key] = _Open((iova, access), time.perf_counter(), time.thread_time())
             for each in counts:
                 each.groups += 1
         opened.pages += 1
@@ -99,6 +102,8 @@ class PageMeter:
         if opened is not None:
             whole, ours = time.perf_counter() - opened.begin, time.thread_time() - opened.used
             self.round_trips.append(RoundTrip(opened.pages, whole, ours))
+            if self.on_answer is not None:
+                self.on_answer(said, *opened.first)
         for each in self._counts(pasid):
             each.answers[said.code] += 1
         answer(said)
