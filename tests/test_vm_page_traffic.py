@@ -53,7 +53,11 @@ def test_groups_pages_and_answers_by_pasid(engine: Engine) -> None:
     assert (one.groups, one.pages, dict(one.answers)) == (2, 4, {Code.SUCCESS: 1})
     assert (two.groups, two.pages, dict(two.answers)) == (1, 1, {Code.INVALID: 1})
     assert [each.pages for each in meter.round_trips] == [3, 1]
-    assert all(0 <= each.ours and 0 < each.whole for each in meter.round_trips)
+    assert all(each.ours >= 0 and each.whole > 0 for each in meter.round_trips)
+    assert meter.pasid_figures() == {
+        "1": {"groups": 2, "pages": 4, "success": 1, "invalid": 0, "failure": 0},
+        "2": {"groups": 1, "pages": 1, "success": 0, "invalid": 1, "failure": 0},
+    }
     figures = meter.figures()
     assert (figures["page_groups"], figures["page_requests"], figures["page_answers_success"]) == (3, 5, 1)
     meter.begin()

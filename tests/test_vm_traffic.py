@@ -45,5 +45,9 @@ def test_direct_requests_count_by_when_they_came() -> None:
     now = meter.traffic()
     assert (now.translations, now.bypassed, now.before_iommu) == (11, 5, 12)
     assert now.requests == 10 + 1 + 1 + 3 + 5 + 7 + 2
+    wanted = TrafficMeter([cast(DmaPort, one)], identity=True)
+    wanted.switch(on=True)
+    one.count(direct=4)
+    assert (wanted.traffic().bypassed, wanted.traffic().identity) == (0, 4)
     meter.begin()
     assert (meter.traffic().requests, meter.traffic().bypassed, meter.traffic().faults) == (0, 0, 0)

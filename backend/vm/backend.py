@@ -67,7 +67,10 @@ class Backend:
         self.pages = PageMeter()
         self._reading = False
         self.servers = [self._connect(config, sockets) for config in machine.functions]
-        self.meters = {name: TrafficMeter([endpoint.dma]) for name, endpoint in self.endpoints.items()}
+        self.meters = {
+            f.name: TrafficMeter([self.endpoints[f.name].dma], identity=ENDPOINT_MODELS[f.model].pasids)
+            for f in machine.endpoints
+        }
         for config in machine.iommus:
             self.context.attach(config.rid, self.stage2)
             self.iommus[config.name].on_enable = partial(self._switched, config.name, on=True)

@@ -56,6 +56,10 @@ class Outcome:
     traffic: Traffic
     example: DmaExample | None
     seconds: float
+    pages: dict[str, int]
+    """Page requests as the server saw them."""
+    pasids: dict[str, dict[str, int]]
+    """The same of each PASID."""
 
 
 def rounds(machine: Machine, *, full: bool, five_levels: bool = True) -> list[Round]:
@@ -161,7 +165,11 @@ class Boot:
             work.cancel()
             await asyncio.wait({work})
             seconds = loop.time() - begin
-            self.outcomes.append(Outcome(name, session.result(), host.checks, host.traffic, host.example, seconds))
+            self.outcomes.append(
+                Outcome(
+                    name, session.result(), host.checks, host.traffic, host.example, seconds, host.pages, host.pasids
+                )
+            )
         self.backend.begin_counting()
 
     async def _watch(self, qemu: QemuProcess, each: Round, resets: int) -> None:

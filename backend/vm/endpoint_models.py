@@ -19,6 +19,8 @@ class EndpointModel:
     traits: Traits = BEHIND_X86
     disk: bool = False
     """Whether the machine file gives it a `size`."""
+    pasids: bool = False
+    """It sends PASIDs: then Linux leaves its other requests untranslated, in an identity domain."""
 
 
 def _nvme(name: str, namespace: Namespace | None) -> PciFunction:
@@ -32,5 +34,5 @@ def _dma_engine(name: str, _namespace: Namespace | None) -> PciFunction:
 
 ENDPOINT_MODELS: Mapping[str, EndpointModel] = {
     "nvme": EndpointModel(_nvme, disk=True),
-    "dma-engine": EndpointModel(_dma_engine),
+    "dma-engine": EndpointModel(_dma_engine, pasids=True),
 }

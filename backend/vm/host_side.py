@@ -54,6 +54,8 @@ class HostSide:
         self.checks: list[Check] = []
         self.traffic = Traffic()
         self.example: DmaExample | None = None
+        self.pages: dict[str, int] = {}
+        self.pasids: dict[str, dict[str, int]] = {}
         self._sva = SvaSide(backend) if any(name.startswith("sva-") for name in backend.machine.checks) else None
         self._commands_before = {name: iommu.commands.copy() for name, iommu in backend.iommus.items()}
 
@@ -122,6 +124,7 @@ class HostSide:
             self.checks.append(self._tables_check(self.example))
         if self._sva is not None:
             self.checks += self._sva.checks()
+            self.pages, self.pasids = self._backend.pages.figures(), self._backend.pages.pasid_figures()
         return self._step
 
     def _endpoint(self, bdf: str) -> tuple[FunctionConfig, NvmeController] | None:

@@ -114,15 +114,27 @@ class PageMeter:
             found = self.by_pasid[pasid] = PasidPages()
         return [self.total] if found is None else [self.total, found]
 
+    def pasid_figures(self) -> dict[str, dict[str, int]]:
+        """For the report: by PASID, "none" for requests without one."""
+        return {
+            "none" if pasid is None else str(pasid): {
+                "groups": each.groups,
+                "pages": each.pages,
+                **{code.value: each.answers[code] for code in Code},
+            }
+            for pasid, each in sorted(self.by_pasid.items(), key=lambda item: -1 if item[0] is None else item[0])
+        }
+
     def figures(self) -> dict[str, int]:
-        """For the report: totals, and medians in microseconds."""
+        """For the report: totals, and of groups of one page, which cost the most a page, medians in microseconds."""
         total = self.total
         figures = {
             "page_groups": total.groups,
             "page_requests": total.pages,
             **{f"page_answers_{code}": total.answers[code] for code in Code},
         }
-        if self.round_trips:
-            figures["page_round_trip_us"] = round(median(each.whole for each in self.round_trips) * 1e6)
-            figures["page_round_trip_ours_us"] = round(median(each.ours for each in self.round_trips) * 1e6)
+        single = [each for each in self.round_trips if each.pages == 1]
+        if single:
+            figures["page_round_trip_us"] = round(median(each.whole for each in single) * 1e6)
+            figures["page_round_trip_ours_us"] = round(median(each.ours for each in single) * 1e6)
         return figures

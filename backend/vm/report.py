@@ -76,6 +76,8 @@ class Report:
     checks: Sequence[Check]
     guest: Mapping[str, str | int] = field(default_factory=dict)
     dma: Mapping[str, int] = field(default_factory=dict)
+    pasids: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Page requests by PASID."""
     example: DmaExample | None = None
     log_dir: Path | None = None
     lost_part: str | None = None
@@ -102,6 +104,8 @@ class Report:
     def to_json(self) -> str:
         """One object: {"ok", "checks": [{"name", "status", "detail"}], "guest", "dma", "log_dir"}."""
         dma: dict[str, object] = {**dict.fromkeys(DMA_FIGURES, 0), **self.dma}
+        if self.pasids:
+            dma["pasids"] = {pasid: dict(figures) for pasid, figures in self.pasids.items()}
         if self.example is not None:
             dma["example"] = self.example.json()
         whole = {
@@ -128,6 +132,7 @@ class Report:
         lines = [f"{MARKS[check.status][0]} {_described(check)}" for check in self.all_checks()]
         lines += [f"guest {key}: {value}" for key, value in self.guest.items()]
         lines += [f"dma {key}: {value}" for key, value in self.dma.items()]
+        lines += [f"dma pasid {pasid}: {_counted(figures)}" for pasid, figures in self.pasids.items()]
         if self.example is not None:
             lines += [f"dma example {key}: {value}" for key, value in self.example.json().items()]
         return "\n".join([*lines, self._verdict()]) + "\n"
@@ -154,6 +159,8 @@ class Report:
         if self.example is not None:
             console.print(Panel(Text("\n".join(self.example.lines())), title="one DMA", expand=False))
         facts = Table(box=None, show_header=False, pad_edge=False)
+        for pasid, figures in self.pasids.items():
+            facts.add_row(f"pasid {pasid}", Text(_counted(figures), style="dim"))
         for title, values in (("guest", self.guest), ("dma", self.dma)):
             if values:
                 facts.add_row(title, Text(", ".join(f"{key} {value}" for key, value in values.items()), style="dim"))
@@ -182,6 +189,10 @@ def _add(checks: list[Check], test: ktap.Test, prefix: str) -> None:
 
 def _bad(test: ktap.Test) -> bool:
     return test.directive in {"TIMEOUT", "ERROR"}
+
+
+def _counted(figures: Mapping[str, int]) -> str:
+    return ", ".join(f"{value} {key}" for key, value in figures.items())
 
 
 def _described(check: Check) -> str:

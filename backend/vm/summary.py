@@ -24,6 +24,7 @@ def report_of(boot: Boot, lost: VmLost | None = None) -> Report:
         checks,
         guest=_facts(boot.outcomes),
         dma=_dma(boot),
+        pasids=next((outcome.pasids for outcome in boot.outcomes if outcome.pasids), {}),
         example=next((outcome.example for outcome in boot.outcomes if outcome.example is not None), None),
         lost_part=lost.part if lost is not None else None,
         lost_reason=str(lost) if lost is not None else "",
@@ -45,8 +46,10 @@ def _dma(boot: Boot) -> dict[str, int]:
             totals[key] = totals.get(key, 0) + value
     counters = boot.backend.engine.core.counters()
     commands = sorted(boot.backend.iommu_commands().items())
+    pages = next((outcome.pages for outcome in boot.outcomes if outcome.pages), {})
     return {
         **totals,
+        **pages,
         "iotlb_hits": counters.iotlb_hits,
         "iotlb_misses": counters.iotlb_misses,
         "iommu_enables": sum(iommu.enables for iommu in boot.backend.iommus.values()),

@@ -14,7 +14,8 @@ class Traffic:
     """Requests of endpoints. `bypassed` and `translations` are of the time during which the guest's IOMMU was on.
 
     A translation went through a page table of the guest's, nested beneath ours; `moved` of them found a GPA that
-    differs from the IOVA. What bypassed went by our table alone, and so did what came `before_iommu`: firmware. A fault
+    differs from the IOVA. What bypassed went by our table alone; so did what came `before_iommu`: firmware, and what
+    the guest wants so, for it has given the device an `identity` domain for requests without a PASID. A fault
     is a request that was refused in the end; one that only waited for its route is none.
     """
 
@@ -23,6 +24,7 @@ class Traffic:
     translations: int = 0
     moved: int = 0
     bypassed: int = 0
+    identity: int = 0
     before_iommu: int = 0
     faults: int = 0
 
@@ -33,8 +35,10 @@ class Traffic:
 class TrafficMeter:
     """Reads the counters of the DMA ports behind one IOMMU when the guest turns it on and off."""
 
-    def __init__(self, ports: Sequence[DmaPort]) -> None:
+    def __init__(self, ports: Sequence[DmaPort], *, identity: bool = False) -> None:
+        """`identity`: what bypasses is wanted so."""
         self._ports = ports
+        self._identity = identity
         self._start = self._read()
         self._switched = self._start
         self._on = False
@@ -65,7 +69,8 @@ class TrafficMeter:
             bytes=now.bytes - start.bytes,
             translations=now.nested - start.nested,
             moved=now.moved - start.moved,
-            bypassed=bypassed,
+            bypassed=0 if self._identity else bypassed,
+            identity=bypassed if self._identity else 0,
             before_iommu=now.direct - start.direct - bypassed,
             faults=self._faults,
         )
