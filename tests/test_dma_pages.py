@@ -303,7 +303,22 @@ def test_beyond_the_end_of_an_area_the_address_is_precise(
 def test_an_address_where_nothing_is(kernel: Kernel, process: Process, ring: Ring) -> None:
     record = run(kernel, ring, "FILL", flags=TARGET, target=0x1234_5678, length=8)
     assert (record.reason, record.fault_address, record.done) == (VDMA["REASON_PRI_INVALID"], 0x1234_5678, 0)
-    assert asked(kernel) == [1]
+    assert asked(kernel) == [1, 1]
+
+
+def test_a_page_alone_is_asked_for_twice_before_it_is_given_up(kernel: Kernel, process: Process, ring: Ring) -> None:
+    """Linux answers a group by what it still keeps of an older one of that index as well."""
+    area = process.mmap(1)
+    where = ring.push("FILL", flags=TARGET, target=area, length=8, value=3)
+    ring.doorbell()
+    (first,) = kernel.requests()
+    kernel.answer(first, Code.INVALID)
+    assert kernel.record(where).status == NONE
+    (second,) = kernel.requests()
+    assert second[0].group != first[0].group
+    assert process.fault(area, second[0].access)
+    kernel.answer(second, Code.SUCCESS)
+    assert kernel.record(where).status == SUCCESS
 
 
 def test_an_area_that_may_only_be_read(kernel: Kernel, process: Process, ring: Ring) -> None:

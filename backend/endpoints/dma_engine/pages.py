@@ -158,6 +158,8 @@ class PageWait:
         self._tries = 0
         self._progress = -1
         self._invalid: int | None = None
+        self._doubted: list[int] | None = None
+        """The page of a group of one that was answered by invalid."""
         self._failed = False
 
     def close(self) -> None:
@@ -197,10 +199,13 @@ class PageWait:
             self._failed = True
         elif code == Code.SUCCESS:
             self._limit = min(2 * self._limit, LOOK_AHEAD // PAGE)
-        elif len(pages) == 1:
+        elif pages == self._doubted:
             self._invalid = pages[0]
         else:
-            self._limit = 1  # one of them cannot be had: find out whether it is the one that is needed next
+            # One of them cannot be had: find out whether it is the one that is needed next. One alone is asked for a
+            # second time: to a group under the same index Linux adds what it still keeps of one that it refused.
+            self._limit = 1
+            self._doubted = pages[:1] if len(pages) == 1 else None
         self.wake()
 
     def _ask_more(self, operands: Sequence[Operand], first: int | None) -> bool:
