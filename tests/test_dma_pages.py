@@ -238,6 +238,20 @@ def test_the_answer_wakes_the_job_by_the_loop(kernel: Kernel, process: Process, 
     asyncio.run(main())
 
 
+def test_answers_to_several_groups_wake_a_job_once(kernel: Kernel, process: Process, ring: Ring) -> None:
+    async def main() -> None:
+        source, target = process.mmap(1), process.mmap(1)
+        where = ring.push("COPY", flags=BOTH, source=source, target=target, length=8)
+        ring.doorbell()
+        assert kernel.serve() == 2  # the source's and the target's, before the loop goes round
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert kernel.record(where).status == SUCCESS
+        assert ring.get("COMPLETED") == 1
+
+    asyncio.run(main())
+
+
 def test_the_source_is_translated_again_after_the_target_was_waited_for(
     kernel: Kernel, process: Process, ring: Ring
 ) -> None:
@@ -292,12 +306,15 @@ def test_beyond_the_end_of_an_area_the_address_is_precise(
 ) -> None:
     """The group that reaches beyond is refused as a whole; the job finds out which page it was."""
     area = process.mmap(pages)
-    record = run(kernel, ring, operation, flags=BOTH, source=area + 1, target=area + 1, length=MIB)
+    value = 0x0807_0605_0403_0201 if operation == "FILL" else 0
+    record = run(kernel, ring, operation, flags=BOTH, source=area + 1, target=area + 1, length=MIB, value=value)
     assert (record.status, record.reason) == (FAULT, VDMA["REASON_PRI_INVALID"])
     assert (record.done, record.fault_address) == (pages * PAGE - 1, area + pages * PAGE)
     assert record.access == (WRITE if operation == "FILL" else READ) | TAGGED
     assert asked(kernel)[-1] == 1
     assert len(kernel.groups) <= 12
+    if operation == "FILL":  # the pattern goes on in step behind each page that was waited for
+        assert process.peek(area + 1, record.done) == (struct.pack("<Q", value) * (MIB // 8))[: record.done]
 
 
 def test_an_address_where_nothing_is(kernel: Kernel, process: Process, ring: Ring) -> None:

@@ -12,7 +12,7 @@ from dma_driver import IOVA_BASE, MIB, Host, Ring
 from dma_header import VDMA
 from guest_ram import PAGE
 
-from backend.core import Access
+from backend.core import Access, Fault
 
 SUCCESS, ABORTED, NONE = (VDMA["STATUS_" + name] for name in ("SUCCESS", "ABORTED", "NONE"))
 DISABLED, RUNNING, DRAINING, ERROR = (VDMA["STATE_" + name] for name in ("DISABLED", "RUNNING", "DRAINING", "ERROR"))
@@ -163,6 +163,30 @@ def test_a_job_may_go_without_a_record(host: Host) -> None:
     ring.doorbell()
     assert ring.get("COMPLETED") == 1
     assert host.peek(buffer, 8) == struct.pack("<Q", 5)
+
+
+def test_the_status_is_stored_last(host: Host) -> None:
+    """All else of a record is there before, with a status of 0; then 8 bytes at once, released."""
+    ring = started(host)
+    port = host.device.port
+    seen: list[bytes] = []
+    store = port.store
+
+    def watched(iova: int, value: int, width: int, pasid: int | None = None) -> Fault | None:
+        seen.append(host.peek(iova, 32))
+        assert width == 8
+        fault = store(iova, value, width, pasid)
+        seen.append(host.peek(iova, 32))
+        return fault
+
+    port.store = watched  # type: ignore[method-assign]
+    buffer = host.allocate()
+    host.poke(buffer, struct.pack("<Q", 99))
+    ring.do("SWAP", target=buffer, length=8, value=1)
+    before, after = seen
+    assert before[:8] == bytes(8)
+    assert before[8:] == after[8:] == struct.pack("<3Q", 8, 99, 0)
+    assert after[0] == SUCCESS
 
 
 # Order

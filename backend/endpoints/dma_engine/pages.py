@@ -97,10 +97,14 @@ class PageDesk:
         requests = self.usable
         return max(1, requests.allocation // GROUPS_AT_ONCE) if requests is not None else 1
 
-    def missing(self, operand: Operand, most: int) -> list[int]:
-        """IOVAs of pages that the next part of an operand lacks."""
-        length = min(operand.length, LOOK_AHEAD)
-        return self._function.memory.missing(operand.pasid, operand.iova, length, operand.access, most)
+    def missing(self, operand: Operand, asked: set[int], most: int) -> list[int]:
+        """IOVAs of pages that the next part of an operand lacks, but for those asked. Each costs a translation request,
+        so what precedes the first that was not asked is skipped."""
+        first, end = operand.iova & -PAGE, operand.iova + min(operand.length, LOOK_AHEAD)
+        while first in asked:
+            first += PAGE
+        found = self._function.memory.missing(operand.pasid, first, max(end - first, 0), operand.access, most)
+        return [page for page in found if page not in asked]
 
     def ask(self, wait: PageWait, pasid: int | None, pages: list[int], access: Access) -> bool:
         """One group; the wait's `answered` is called once, maybe within this call. False: it cannot be asked."""
@@ -231,9 +235,9 @@ class PageWait:
         """What to ask of an operand, `first` before all others."""
         pages = [] if first is None else [first]
         if operand.pasid is not None and self._limit > 1:
-            missing = self._desk.missing(operand, self._limit)
-            pages += [page for page in missing if page not in self._asked and page != first]
-        return pages[: self._limit]
+            most = min(self._limit, self._desk.credits(self.user)) - len(pages)
+            pages += self._desk.missing(operand, self._asked.union(pages), most)
+        return pages
 
 
 def _nobody() -> None:
