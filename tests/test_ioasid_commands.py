@@ -44,7 +44,7 @@ def test_kinds() -> None:
     tables = {"BIND_PGTABLE", "UNBIND_PGTABLE", "BIND_PASID_TABLE", "UNBIND_PASID_TABLE"}
     only_user = tables | {"INVALIDATE_CACHE"}
     assert {name for name, command in COMMANDS.items() if command.kinds == {Kind.KERNEL}} == only_kernel
-    assert COMMANDS["CREATE_NESTING"].kinds == {Kind.KERNEL, Kind.VM}
+    assert COMMANDS["CREATE_NESTING"].kinds == {Kind.KERNEL, Kind.VM, Kind.USER}
     assert {name for name, command in COMMANDS.items() if command.kinds == {Kind.USER}} == only_user
 
 

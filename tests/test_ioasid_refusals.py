@@ -54,7 +54,7 @@ MORE: list[tuple[str, int, str, Callable[[Context], object]]] = [
     ("ALLOC", errno.EINVAL, "kind sva", lambda c: c.alloc(Kind.KERNEL, pid=1)),
     ("ALLOC", errno.EINVAL, "kind sva", lambda c: c.alloc(Kind.SVA)),
     ("ALLOC", errno.EINVAL, "beneath no other", lambda c: c.alloc(Kind.VM, parent=1)),
-    ("ALLOC", errno.EINVAL, "a parent is host-managed", lambda c: c.alloc(Kind.USER, parent=2)),
+    ("ALLOC", errno.EINVAL, "guest-managed", lambda c: c.alloc(Kind.KERNEL, parent=2)),
     ("ALLOC", errno.EINVAL, "leave root out", lambda c: c.alloc(Kind.KERNEL, root=PAGE)),
     ("ALLOC", errno.EINVAL, "without root", lambda c: c.alloc(Kind.USER, parent=1, vendor="x86")),
     ("ALLOC", errno.EINVAL, "larger than the memory's", lambda c: c.alloc(Kind.VM, vendor="arm-s2", granule=16384)),

@@ -38,9 +38,7 @@ def run(args: argparse.Namespace, command: Command) -> int:
         )
 
 
-async def _serve(
-    args: argparse.Namespace, path: Path, endpoints: Sequence[SoftwareEndpoint], command: Command
-) -> int:
+async def _serve(args: argparse.Namespace, path: Path, endpoints: Sequence[SoftwareEndpoint], command: Command) -> int:
     alone = EngineAlone(path, endpoints)
     try:
         try:

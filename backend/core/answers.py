@@ -88,11 +88,12 @@ class Fault:
     """Where in the request: the first byte that could not be reached, in the order in which bytes are moved."""
     access: Access
     stage: int
-    """1 or 2; 0 if no walk took place."""
+    """1: a table of the guest's; 2: ours; 0 if no walk took place."""
     level: int
     """Of the entry at fault, 1 holding the smallest leaves; 0 if none was at fault."""
     gpa: int | None
-    """Stage 1: GPA of the table entry; stage 2: the GPA that was to be translated."""
+    """Stage 1: GPA of the table entry, or, over a table in the middle, the address that it has there; stage 2: the GPA
+    that was to be translated."""
     entry: int
     """The entry as read, 0 if none was. Stage 2: it holds an address of this process, so not for a guest's eyes."""
     reason: Reason
@@ -104,6 +105,9 @@ class Fault:
     """It befell a table entry of stage 1 (its memory gone, or stage 2 not leading to it), and not the data."""
     type: AddressType = AddressType.UNTRANSLATED
     """What iova is."""
+    middle: int | None = None
+    """Three stages: the address that the guest's table in the middle was to translate. Stage 1 is that table then, not
+    the one above it; stage 2 was met on the way from there. None: it was not at work."""
 
 
 @dataclass(frozen=True, slots=True)

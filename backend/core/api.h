@@ -145,6 +145,8 @@ typedef struct {
     uint8_t has_gpa;
     uint8_t pasid_table; /* at an entry of a PASID table */
     uint8_t table;    /* stage 2 (or memory gone): at an entry of a stage-1 table, not at the data */
+    uint8_t has_middle;
+    uint64_t middle;  /* three stages: the address that the guest's table in the middle was to translate */
     uint8_t type;     /* of the request's address, PCI Express's AT: 0, or VIO_AT_* */
 } vio_fault;
 
@@ -169,6 +171,7 @@ typedef struct {
     uint8_t stage;
     uint8_t level;
     uint8_t table_of;    /* stage 2: level of the entry of a guest's that it leads to; 0: it leads to the data */
+    uint8_t middle;      /* three stages: of the guest's table in the middle, or of stage 2 that leads to one of those */
     uint8_t pasid_table; /* an entry of a PASID table, or of stage 2 that leads to one */
     uint8_t read;        /* 0: its memory is gone */
     uint8_t decoded;     /* 0: it leads nowhere, for `reason` */
@@ -180,14 +183,14 @@ typedef struct {
     uint8_t reason;      /* why the path ends here, 0: it does not */
 } vio_step;
 
-#define VIO_PATH_STEPS 96
+#define VIO_PATH_STEPS 512
 
 /* The path of one translation: all entries, in the order in which they are read. */
 typedef struct {
     vio_step steps[VIO_PATH_STEPS];
     uint32_t count;
     uint32_t ioasid, parent; /* 0: none */
-    int format, parent_format; /* numbers for vio_format_name, -1: none */
+    int format, middle_format, parent_format; /* numbers for vio_format_name, -1: none; parent_format: of stage 2 */
     int found;               /* 1: translation is valid; 0: fault is */
     vio_translation translation;
     vio_fault fault;

@@ -93,9 +93,13 @@ class Core(Requests):
         _check(lib.vio_space_lend_process(self._engine, _id(ioasid), process.native), ioasid)
 
     def create_nested_space(self, ioasid: int, parent: int) -> None:
-        """Create a guest-managed space over the host-managed space `parent`; its requests fault until bind_table.
+        """Create a guest-managed space over the space `parent`; its requests fault until bind_table.
 
-        Raises: ExistsError, UnknownIdError (parent), KindError (parent is nested itself), LimitError.
+        The parent is host-managed, or guest-managed over one that is: then each address that the child's table holds,
+        of tables and of data, is translated by the parent's table first. A PASID table of AMD's or VT-d's lies in the
+        host-managed space all the same, one of Arm's or RISC-V's in the parent.
+
+        Raises: ExistsError, UnknownIdError (parent), KindError (parent), LimitError.
         """
         _check(lib.vio_space_create_nested(self._engine, _id(ioasid), _id(parent)), ioasid)
 

@@ -44,9 +44,12 @@ struct walk {
     uint64_t fault_gpa, entry;
     bool pasid_table;    /* at an entry of a PASID table */
     bool has_gpa, table; /* table: at an entry of stage 1, not at the data */
+    bool has_middle;     /* three stages: `middle` is what the guest's table in between was to translate */
+    uint64_t middle;
     /* stage-1 entry being read, should its memory be gone; level 0: none */
     volatile unsigned reading_level;
     volatile uint64_t reading_gpa;
+    struct walk *under; /* three stages: where the walk of the guest's table in the middle stands */
 };
 
 typedef int (*walk_fn)(const struct space *space, struct guard *guard, struct walk *walk); /* 0 or a vio_reason */
@@ -56,7 +59,7 @@ struct space {
     int format; /* enum pt_format_id, -1: none */
     struct pt_config table;
     walk_fn walk;         /* NULL: nested and no table bound */
-    struct space *parent; /* NULL: host-managed */
+    struct space *parent; /* NULL: host-managed. At most two above one another are guest-managed */
     uint32_t children, routes;
     struct pasid_table *pasids; /* nested: requests are translated by the table of their PASID; NULL: by `table` */
     struct space *bound;        /* what a PASID leads to: the space that its PASID table is bound to; else NULL */
@@ -171,6 +174,22 @@ static inline bool space_has_table(const struct space *space)
     return !space->parent && space->format >= 0;
 }
 
+/* The host-managed space at the bottom of a guest-managed one, or the space itself. */
+static inline struct space *space_bottom(struct space *space)
+{
+    while (space->parent)
+        space = space->parent;
+    return space;
+}
+
+/* What reading an entry of a table over this space needs of it. */
+static inline unsigned space_entry_rights(const struct space *space, unsigned need)
+{
+    return space->parent && pt_formats[space->format]->tables_written && space->table.table.flags & VIO_TABLE_ACCESSED
+               ? need | VIO_WRITE
+               : need;
+}
+
 /* space.c, with the gate closed: a space with nothing but its number; a vio_status. */
 int space_add(struct vio_engine *engine, uint32_t ioasid, struct space **out);
 
@@ -184,7 +203,13 @@ static inline uint64_t route_key(uint32_t rid, uint32_t pasid)
 
 /* walk.c */
 walk_fn walk_host(int format);
-walk_fn walk_nested(int stage1, int stage2);
+walk_fn walk_nested(int stage1, const struct space *parent);
+/*
+ * An address of a space underneath by that one's own walk, which leaves what it found in walk->under: 0, or a reason,
+ * walk telling where, as of a table in the middle. `table`: an entry of stage 1 lies there. One for all formats.
+ */
+int walk_middle(const struct space *middle, struct guard *guard, struct walk *walk, uint64_t address, unsigned need,
+                bool table);
 
 /* host_table.c: tables that the core builds. All but the last answer a vio_status. */
 int host_table_create(struct pool *pool, struct pt_config *table);

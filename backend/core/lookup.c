@@ -12,18 +12,24 @@ struct lookup {
     vio_path *path;
     vio_step *step;    /* the one being read */
     bool pasid_table;  /* steps are of a PASID table, or lead to it */
+    bool middle;       /* steps are of the guest's table in the middle, or lead to it */
+    unsigned table_of; /* of those: see vio_step */
     struct space own;  /* what the PASID leads to: a nested space in all but name */
 };
 
 #define PASID_MAX_LEVELS 3 /* RISC-V PD20, AMD GLX 2 */
 
-/* Entries of a guest's, each after a walk of stage 2, and the data's, or a walk again for what it must not write. */
+/*
+ * Entries of a guest's, each after a walk of what is underneath, and the data's, or a walk again for what it must not
+ * write. What is underneath is another guest's table at most, each of its entries after a walk of stage 2.
+ */
 #define GUEST_ENTRIES (PASID_MAX_LEVELS + PT_MAX_LEVELS)
-_Static_assert(GUEST_ENTRIES * (PT_MAX_LEVELS + 1) + PT_MAX_LEVELS <= VIO_PATH_STEPS, "every step has its place");
+#define UNDERNEATH (PT_MAX_LEVELS * (PT_MAX_LEVELS + 1) + PT_MAX_LEVELS)
+_Static_assert(GUEST_ENTRIES * (UNDERNEATH + 1) + UNDERNEATH <= VIO_PATH_STEPS, "every step has its place");
 
 /* What a stage comes to. */
 struct found {
-    uint64_t oa;
+    uint64_t oa, gpa; /* gpa: of stage 2 */
     unsigned size_lg2, perm;
 };
 
@@ -36,6 +42,8 @@ static vio_step *add_step(struct lookup *lookup, unsigned stage, unsigned level,
                        .stage = (uint8_t)stage,
                        .level = (uint8_t)level,
                        .pasid_table = lookup->pasid_table,
+                       .middle = lookup->middle,
+                       .table_of = (uint8_t)lookup->table_of,
                        .permissions = VIO_PRIVILEGED,
                        .accessed = -1,
                        .dirty = -1};
@@ -161,6 +169,7 @@ static int lookup_stage2(struct lookup *lookup, const struct space *space, uint6
         out->perm = format->permissions(config, &start, ~0ull, step->entry, true);
         out->size_lg2 = entry.size_lg2;
         out->oa = entry.oa | (address & ((1ull << entry.size_lg2) - 1));
+        out->gpa = address;
         for (uint32_t i = first; i < lookup->path->count; i++) /* tables of ours take nothing away */
             lookup->path->steps[i].permissions = own_rights(lookup, out->perm);
         if (need & ~out->perm) {
@@ -171,14 +180,18 @@ static int lookup_stage2(struct lookup *lookup, const struct space *space, uint6
     }
 }
 
+static int lookup_parent(struct lookup *lookup, const struct space *space, uint64_t address, unsigned need,
+                         unsigned table_of, struct found *out);
+
 /* Through the guest's table, each entry read through its parent's. */
-static int lookup_stage1(struct lookup *lookup, const struct space *space, struct found *out)
+static int lookup_stage1(struct lookup *lookup, const struct space *space, uint64_t address, unsigned need,
+                         struct found *out)
 {
     const struct pt_format *format = pt_formats[space->format];
     const struct pt_config *config = &space->table;
     vio_step *steps[PT_MAX_LEVELS], *step;
-    unsigned levels = 0, need = lookup->request.rights, level, stage2_perm[PT_MAX_LEVELS];
-    uint64_t address = lookup->request.iova, tables = ~0ull, at, after;
+    unsigned levels = 0, level, stage2_perm[PT_MAX_LEVELS];
+    uint64_t tables = ~0ull, at, after;
     struct pt_start start;
     struct pt_entry entry;
     int reason = format->start(config, address, &start);
@@ -192,14 +205,14 @@ static int lookup_stage1(struct lookup *lookup, const struct space *space, struc
     for (;;) {
         struct found place;
 
-        reason = lookup_stage2(lookup, space->parent, at, VIO_READ, level, &place);
+        reason = lookup_parent(lookup, space->parent, at, VIO_READ, level, &place);
         if (reason)
             return reason;
         step = steps[levels] = add_step(lookup, 1, level, address, at);
         stage2_perm[levels++] = place.perm;
         if (IS_FOREIGN(place.oa)) {
             lookup->path->count--;
-            return end_foreign(lookup, at);
+            return end_foreign(lookup, place.gpa);
         }
         guard_memory(&lookup->guard, place.oa, sizeof step->entry);
         step->entry = __atomic_load_n((const uint64_t *)(uintptr_t)place.oa, __ATOMIC_ACQUIRE);
@@ -239,18 +252,54 @@ static int lookup_stage1(struct lookup *lookup, const struct space *space, struc
         struct found place;
 
         if (format->use(config, steps[i]->entry, leaf, leaf && (need & PT_WRITES), &after) ||
-            after == steps[i]->entry || (stage2_perm[i] & VIO_WRITE))
+            after == steps[i]->entry || (!space->parent->parent && (stage2_perm[i] & VIO_WRITE)))
             continue;
         lookup->path->count = (uint32_t)(step - lookup->path->steps) + 1;
-        return lookup_stage2(lookup, space->parent, steps[i]->address, VIO_WRITE, steps[i]->level, &place);
+        reason = lookup_parent(lookup, space->parent, steps[i]->address, VIO_WRITE, steps[i]->level, &place);
+        if (reason)
+            return reason;
+        lookup->path->count = (uint32_t)(step - lookup->path->steps) + 1; /* it may: no step of what leads on */
     }
+    return 0;
+}
+
+/* By what is underneath: stage 2, or a guest's table in the middle and then stage 2. */
+static int lookup_parent(struct lookup *lookup, const struct space *space, uint64_t address, unsigned need,
+                         unsigned table_of, struct found *out)
+{
+    struct walk *walk = &lookup->request.walk;
+    struct found one;
+    int reason = VIO_REASON_NOT_BOUND;
+
+    if (!space->parent)
+        return lookup_stage2(lookup, space, address, need, table_of, out);
+    walk->stage = 0;
+    walk->has_gpa = walk->table = false;
+    lookup->middle = true;
+    lookup->table_of = table_of;
+    if (table_of && space->walk)
+        need = space_entry_rights(space, need);
+    if (space->walk)
+        reason = lookup_stage1(lookup, space, address, need, &one);
+    lookup->middle = false;
+    lookup->table_of = 0;
+    if (!reason)
+        reason = lookup_stage2(lookup, space->parent, one.oa, need, table_of, out);
+    if (reason) {
+        walk->table |= table_of != 0;
+        walk->has_middle = true;
+        walk->middle = address;
+        return reason;
+    }
+    out->perm &= one.perm;
+    out->size_lg2 = out->size_lg2 < one.size_lg2 ? out->size_lg2 : one.size_lg2;
     return 0;
 }
 
 struct pasid_lookup {
     struct pasid_reader reader;
     struct lookup *lookup;
-    const struct space *stage2;
+    const struct space *parent; /* through which it reads */
     vio_step *step; /* of the entry */
 };
 
@@ -261,7 +310,7 @@ static int load_word(struct pasid_reader *reader, uint64_t at, unsigned level, u
     struct lookup *lookup = through->lookup;
     uint32_t told = lookup->path->count;
     struct found place;
-    int reason = lookup_stage2(lookup, through->stage2, at, VIO_READ, level, &place);
+    int reason = lookup_parent(lookup, through->parent, at, VIO_READ, level, &place);
 
     if (reason)
         return reason;
@@ -274,7 +323,7 @@ static int load_word(struct pasid_reader *reader, uint64_t at, unsigned level, u
     if (IS_FOREIGN(place.oa)) {
         if (at == reader->at)
             lookup->path->count--;
-        return end_foreign(lookup, at);
+        return end_foreign(lookup, place.gpa);
     }
     guard_memory(&lookup->guard, place.oa, sizeof *word);
     *word = __atomic_load_n((const uint64_t *)(uintptr_t)place.oa, __ATOMIC_ACQUIRE);
@@ -290,7 +339,7 @@ static int lookup_pasid(struct lookup *lookup, const struct space *bound)
 {
     struct request *request = &lookup->request;
     const struct pasid_table *table = bound->pasids;
-    struct pasid_lookup through = {.reader = {.load = load_word}, .lookup = lookup, .stage2 = bound->parent};
+    struct pasid_lookup through = {.reader = {.load = load_word}, .lookup = lookup, .parent = pasid_memory(bound)};
     const vio_step none = {.stage = 1, .pasid_table = 1};
     uint32_t pasid = request->pasid == VIO_NO_PASID ? table->table.default_pasid : request->pasid;
     struct pasid_target target;
@@ -318,6 +367,7 @@ static int lookup_pasid(struct lookup *lookup, const struct space *bound)
     own->parent = bound->parent;
     own->format = lookup->path->format = target.format;
     own->table = target.config;
+    own->walk = target.format >= 0 ? walk_nested(target.format, own->parent) : NULL;
     request->walk.pasid_table = false;
     if ((request->need & VIO_PRIVILEGED) && !target.privileged) {
         end_at(lookup, &none, 0, false, 0);
@@ -353,18 +403,19 @@ static int run_lookup(struct guard *guard, void *context)
         return reason;
     }
     if (space->parent) {
-        reason = lookup_stage1(lookup, space, &one);
+        reason = space->walk ? lookup_stage1(lookup, space, request->iova, request->rights, &one)
+                             : VIO_REASON_NOT_BOUND;
         if (reason)
             return reason;
     }
-    reason = lookup_stage2(lookup, space->parent ? space->parent : space, one.oa, request->rights, 0, &two);
+    reason = lookup_parent(lookup, space->parent ? space->parent : space, one.oa, request->rights, 0, &two);
     if (reason)
         return reason;
     one.size_lg2 = one.size_lg2 < two.size_lg2 ? one.size_lg2 : two.size_lg2;
     lookup->path->translation = (vio_translation){
         .hva = two.oa,
         .size = (1ull << one.size_lg2) - (request->iova & ((1ull << one.size_lg2) - 1)),
-        .gpa = one.oa,
+        .gpa = two.gpa,
         .access = request_permitted(request, one.perm & two.perm),
     };
     return 0;
@@ -380,7 +431,7 @@ int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, 
     if (!(access & PT_RWX) || (access & ~(uint32_t)(PT_RWX | VIO_PRIVILEGED)))
         return VIO_ERR_VALUE;
     out->count = out->ioasid = out->parent = 0;
-    out->format = out->parent_format = -1;
+    out->format = out->middle_format = out->parent_format = -1;
     gate_pass(&engine->gate);
     reason = request_route(engine, request);
     space = request->space;
@@ -388,13 +439,17 @@ int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, 
         out->ioasid = space->ioasid;
         out->format = space->walk ? space->format : -1;
         out->parent = space->parent ? space->parent->ioasid : 0;
-        out->parent_format = space->parent ? space->parent->format : -1;
+        out->parent_format = space->parent ? space_bottom(space)->format : -1;
+        if (space->parent && space->parent->parent && space->parent->walk)
+            out->middle_format = space->parent->format;
     }
     if (!reason && guard_run(&lookup.guard, run_lookup, &lookup, &result) == GUARD_OK) {
         reason = result;
     } else if (!reason) { /* of an entry of the guest's: our own tables stay */
         lookup.step->reason = VIO_REASON_MEMORY_GONE;
         reason = end_at(&lookup, lookup.step, lookup.step->address, true, VIO_REASON_MEMORY_GONE);
+        request->walk.has_middle = lookup.step->middle;
+        request->walk.middle = lookup.step->input;
     }
     out->found = !reason;
     request->space = space;

@@ -56,6 +56,7 @@ def fault_record(fault: Any) -> Fault:
         pasid_table=bool(fault.pasid_table),
         table=bool(fault.table),
         type=AddressType(fault.type),
+        middle=fault.middle if fault.has_middle else None,
     )
 
 
@@ -73,6 +74,7 @@ def path_of(path: Any, rid: int, pasid: int | None, iova: int, access: Access) -
         parent=path.parent or None,
         stage1=_format_name(stage1),
         stage2=_format_name(stage2),
+        middle=_format_name(path.middle_format),
         steps=tuple(_step(path.steps[i]) for i in range(path.count)),
         result=Translation(found.hva, found.size, found.gpa, Access(found.access))
         if path.found
@@ -87,6 +89,7 @@ def _step(step: Any) -> Step:
         level=step.level,
         table_of=step.table_of or None,
         pasid_table=bool(step.pasid_table),
+        middle=bool(step.middle),
         input=step.input,
         address=step.address,
         entry=step.entry if step.read else None,

@@ -93,33 +93,33 @@ int pasid_space(const struct space *bound, uint32_t pasid, unsigned need, struct
 
 struct reader {
     struct pasid_reader reader;
-    const struct space *stage2;
+    const struct space *parent; /* through which it reads */
     struct guard *guard;
     struct walk *walk;
 };
 
-/* A word of the guest's memory, by stage 2. */
+/* A word of the guest's memory, by what is underneath. */
 static int load_word(struct pasid_reader *reader, uint64_t at, unsigned level, uint64_t *word)
 {
     struct reader *through = (struct reader *)reader;
-    struct walk *walk = through->walk, second = {.iova = at, .need = VIO_READ};
-    int reason = through->stage2->walk(through->stage2, through->guard, &second);
+    struct walk *walk = through->walk;
+    int reason = walk_middle(through->parent, through->guard, walk, at, VIO_READ, true);
 
-    if (!reason && IS_FOREIGN(second.hva))
-        reason = VIO_REASON_UNSUPPORTED;
-    if (reason) {
-        walk->stage = 2;
-        walk->level = second.level;
-        walk->entry = second.entry;
-        walk->fault_gpa = at;
-        walk->has_gpa = walk->table = true;
+    walk->has_middle &= through->parent->parent != NULL;
+    if (reason)
         return reason;
-    }
     walk->reading_gpa = reader->at;
     walk->reading_level = level;
-    guard_memory(through->guard, second.hva, sizeof *word);
-    *word = __atomic_load_n((const uint64_t *)(uintptr_t)second.hva, __ATOMIC_ACQUIRE);
+    guard_memory(through->guard, walk->under->hva, sizeof *word);
+    *word = __atomic_load_n((const uint64_t *)(uintptr_t)walk->under->hva, __ATOMIC_ACQUIRE);
     return 0;
+}
+
+const struct space *pasid_memory(const struct space *bound)
+{
+    const struct space *parent = bound->parent;
+
+    return parent->parent && !bound->pasids->format->nested ? parent->parent : parent;
 }
 
 int pasid_find(const struct pasid_table *table, uint32_t pasid, struct pasid_reader *reader,
@@ -143,7 +143,8 @@ int pasid_read(const struct space *bound, uint32_t pasid, struct guard *guard, s
                struct pasid_found *found)
 {
     const struct pasid_table *table = bound->pasids;
-    struct reader reader = {.reader = {.load = load_word}, .stage2 = bound->parent, .guard = guard, .walk = walk};
+    struct reader reader = {
+        .reader = {.load = load_word}, .parent = pasid_memory(bound), .guard = guard, .walk = walk};
     struct iotlb_scope below = {.above = (struct iotlb_scope *)&bound->scope};
     int reason;
 
@@ -164,10 +165,10 @@ int pasid_read(const struct space *bound, uint32_t pasid, struct guard *guard, s
     return 0;
 }
 
-/* Without stage 1, an address is stage 2's. */
-static int walk_stage2(const struct space *space, struct guard *guard, struct walk *walk)
+/* Without stage 1, an address is the parent's. */
+static int walk_parent(const struct space *space, struct guard *guard, struct walk *walk)
 {
-    return space->parent->walk(space->parent, guard, walk);
+    return space->parent->walk ? space->parent->walk(space->parent, guard, walk) : VIO_REASON_NOT_BOUND;
 }
 
 static struct pasid_space *make_found(struct vio_engine *engine, struct space *bound, uint32_t pasid)
@@ -207,11 +208,11 @@ int pasid_keep(struct vio_engine *engine, const struct pasid_found *found)
             iotlb_forget(&engine->iotlb, &kept->space.scope);
             kept->generation = found->generation;
             kept->privileged = target->privileged;
-            kept->space.walk = walk_stage2;
+            kept->space.walk = walk_parent;
             if (target->format >= 0) {
                 kept->space.format = target->format;
                 kept->space.table = target->config;
-                kept->space.walk = walk_nested(target->format, bound->parent->format);
+                kept->space.walk = walk_nested(target->format, bound->parent);
             }
         }
     }

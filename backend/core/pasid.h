@@ -38,6 +38,8 @@ struct pasid_found {
     struct pasid_target target;
 };
 
+/* Of a space with a PASID table: through which space that is read. */
+const struct space *pasid_memory(const struct space *bound);
 /* Find what a PASID leads to: 0, or a reason, the reader telling where. */
 int pasid_find(const struct pasid_table *table, uint32_t pasid, struct pasid_reader *reader,
                struct pasid_target *target);

@@ -12,13 +12,15 @@ class Step:
     """One table entry."""
 
     stage: int
-    """1: the guest's table; 2: ours."""
+    """1: a table of the guest's; 2: ours."""
     level: int
     """1 holds the smallest leaves."""
     table_of: int | None
-    """Stage 2: the level of the guest's entry that it leads to, None if it leads to the data. Stage 1: None."""
+    """The level of the guest's entry that it leads to, None if it leads to the data; None, too, of the first table."""
     pasid_table: bool
     """The entry is one of a PASID table, level 1 describing an address space; stage 2: it leads to one."""
+    middle: bool
+    """Three stages: the entry is one of the guest's table in the middle; stage 2: it leads to one of those."""
     input: int
     """The address that is being translated: an IOVA by stage 1, a GPA by stage 2; the PASID by a PASID table."""
     address: int
@@ -64,3 +66,5 @@ class Path:
     steps: tuple[Step, ...]
     """In the order in which they are read: before each entry of stage 1 those of stage 2 that lead to it."""
     result: Translation | Fault
+    middle: str | None = None
+    """Format of the guest's table in the middle, where there are three; else None."""

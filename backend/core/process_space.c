@@ -103,7 +103,7 @@ static bool alive(const vio_process *process)
 /* Of the space that translated, or of the host-managed one beneath it. */
 static const vio_process *process_of(const struct request *request)
 {
-    return request->space->parent ? request->space->parent->process : request->space->process;
+    return space_bottom(request->space)->process;
 }
 
 static ssize_t transfer(const vio_process *process, uint64_t address, void *buffer, uint64_t size, bool write)

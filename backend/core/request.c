@@ -24,7 +24,7 @@ __attribute__((noinline)) int request_walk(struct job *job, struct request *requ
     walk->iova = request->iova;
     walk->need = request->rights;
     walk->cache = job->engine->walk_cache;
-    walk->cached = false;
+    walk->cached = walk->has_middle = false;
     request->walks++;
     reason = space->walk(space, guard, walk);
     request->cached += walk->cached;
@@ -102,13 +102,16 @@ static int find_route(struct job *job, struct request *request)
 
     job->at = request;
     request->begun = true;
+    request->walk.under = &request->under;
     reason = request_route(job->engine, request);
     if (!reason && request->space->pasids)
         reason = pasid_space(request->space, request->pasid, request->need, &request->walk, &request->space);
     if (reason)
         return reason;
     request->tag = iotlb_tag(&job->engine->iotlb, &request->space->scope);
-    request->dirty = (request->space->parent ? request->space->parent : request->space)->dirty;
+    if (request->space->parent && request->space->parent->parent) /* what walks remember of it must hold, too */
+        iotlb_tag(&job->engine->iotlb, &request->space->parent->scope);
+    request->dirty = space_bottom(request->space)->dirty;
     return 0;
 }
 
@@ -123,6 +126,7 @@ static int run_guarded(struct job *job, job_body body)
 {
     struct guard guard;
     struct walk *walk;
+    const struct walk *reading;
     int reason = 0;
 
     guard.buffer.first = (uintptr_t)job->buffer;
@@ -133,11 +137,14 @@ static int run_guarded(struct job *job, job_body body)
         if (lost == GUARD_OK)
             return reason;
         walk = &job->at->walk;
-        if (walk->reading_level) { /* a table of the guest's */
+        reading = walk->under->reading_level ? walk->under : walk;
+        if (reading->reading_level) { /* a table of the guest's */
             walk->stage = 1;
-            walk->level = walk->reading_level;
-            walk->fault_gpa = walk->reading_gpa;
+            walk->level = reading->reading_level;
+            walk->fault_gpa = reading->reading_gpa;
             walk->has_gpa = walk->table = true;
+            walk->has_middle = reading != walk;
+            walk->middle = reading->iova;
             return VIO_REASON_MEMORY_GONE;
         }
         if (lost == GUARD_BUFFER && !job->second)
@@ -213,6 +220,8 @@ vio_fault request_fault(const struct request *request, int reason, uint64_t done
                        .has_gpa = walk->has_gpa,
                        .pasid_table = walk->pasid_table,
                        .table = walk->table,
+                       .has_middle = walk->has_middle,
+                       .middle = walk->middle,
                        .type = request->ats                       ? VIO_AT_REQUEST
                                : request->pasid == VIO_TRANSLATED ? VIO_AT_TRANSLATED
                                                                   : 0};

@@ -37,7 +37,7 @@ struct request {
     /* where it stands */
     uint64_t iova;
     struct iotlb_hit hit;
-    struct walk walk;
+    struct walk walk, under; /* under: three stages, see struct walk */
     /* counted here, added up at the end */
     bool moved;
     uint64_t hits, misses, evictions, walks, cached;

@@ -87,7 +87,9 @@ int vio_space_create_nested(vio_engine *engine, uint32_t ioasid, uint32_t parent
     engine_change_begin(engine);
     parent = space_find(engine, parent_ioasid);
     if (parent)
-        status = !space_has_table(parent) ? VIO_ERR_KIND : space_add(engine, ioasid, &space);
+        status = space_has_table(parent->parent ? parent->parent : parent) ? VIO_OK : VIO_ERR_KIND;
+    if (!status)
+        status = space_add(engine, ioasid, &space);
     if (!status) {
         space->parent = parent;
         parent->children++;
@@ -243,7 +245,7 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_ta
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
-        walk_fn walk = space->parent ? walk_nested(format, space->parent->format) : NULL;
+        walk_fn walk = space->parent ? walk_nested(format, space->parent) : NULL;
 
         status = walk ? VIO_OK : VIO_ERR_KIND;
         if (walk) {
@@ -291,7 +293,7 @@ int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, ui
     if (space) {
         status = VIO_OK;
         iotlb_forget_range(&engine->iotlb, &space->scope, first, last);
-        if (space->pasids)
+        if (space->pasids || space->children) /* what is under it is found by other IOVAs */
             iotlb_forget_below(&engine->iotlb, &space->scope);
     }
     engine_change_end(engine);

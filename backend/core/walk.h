@@ -25,7 +25,8 @@ struct stage {
     uint64_t oa;       /* out: output address of the address asked for */
     unsigned size_lg2; /* out */
     unsigned perm;     /* out: over all levels */
-    bool clean;        /* out, stage 1: a write has a dirty bit to set, or will be refused for want of it */
+    bool clean;        /* out: a write has a dirty bit to set, or will be refused for want of it; stage 2: three stages */
+    uint64_t gpa;      /* out, stage 2 of three stages: of the host-managed space */
     unsigned level;    /* out, also at a fault: level of the last entry, 0 if none was read */
     uint64_t entry;    /* ditto: the entry, 0 if none was read */
 };
@@ -91,13 +92,15 @@ PT_INLINE int walk_host_space(const struct pt_format *format, const struct space
 /* An entry of a guest's table that a walk used, whose accessed or dirty state is to change when it succeeds. */
 struct update {
     uint64_t at, hva, old, new;
+    uint64_t gpa;         /* three stages: of the host-managed space; else it is `at` */
     unsigned level, perm; /* perm: stage 2's */
 };
 
 /* One guest's table over its stage 2, while one request is translated. */
 struct nested {
-    const struct pt_format *stage1, *stage2;
+    const struct pt_format *stage1, *stage2; /* stage2 NULL: three stages, by the walk of `parent` */
     const struct pt_config *table1, *table2;
+    const struct space *parent;
     const struct dirty *dirty; /* of stage 2 */
     uint64_t tag1, tag2;       /* of the space's paths, and of pages in its parent (walk_cache.h) */
     struct guard *guard;
@@ -111,6 +114,7 @@ static inline int stage1_fault(struct walk *walk, unsigned level, uint64_t at, u
     walk->entry = entry;
     walk->fault_gpa = at;
     walk->has_gpa = level;
+    walk->table = false;
     return reason;
 }
 
@@ -120,6 +124,27 @@ PT_INLINE void about_to_touch_entry(const struct nested *nested, uint64_t at, un
     nested->walk->reading_gpa = at;
     nested->walk->reading_level = level;
     guard_memory(nested->guard, hva, sizeof(uint64_t));
+}
+
+/* By stage 2: 0, or a reason, the walk telling where. `table`: for an entry of stage 1. */
+PT_INLINE int walk_stage2(const struct nested *nested, uint64_t address, unsigned need, bool table, struct stage *out)
+{
+    struct walk *walk = nested->walk;
+    int reason;
+
+    if (nested->stage2) {
+        reason = walk_table(nested->stage2, nested->table2, address, need, out);
+        return UNLIKELY(reason) ? stage2_fault(walk, out, address, table, reason) : 0;
+    }
+    reason = walk_middle(nested->parent, nested->guard, walk, address, need, table);
+    if (UNLIKELY(reason))
+        return reason;
+    out->oa = walk->under->hva;
+    out->gpa = walk->under->gpa;
+    out->size_lg2 = walk->under->size_lg2;
+    out->clean = walk->under->perm != (walk->under->perm & PT_BOTH((unsigned)PT_RWX));
+    out->perm = PT_PERMITTED(walk->under->perm);
+    return 0;
 }
 
 /* Where an entry of stage 1 lies: 0, or the reason why stage 2 does not lead there. */
@@ -138,13 +163,18 @@ PT_INLINE int place_entry(const struct nested *nested, struct walk_cache *cache,
             return 0;
         }
     }
-    reason = walk_table(nested->stage2, nested->table2, use->at, VIO_READ, &stage);
+    reason = walk_stage2(nested, use->at, VIO_READ, true, &stage);
     if (UNLIKELY(reason))
-        return stage2_fault(nested->walk, &stage, use->at, true, reason);
-    if (IS_FOREIGN(stage.oa)) /* it could be read, but neither at once nor compared and exchanged */
+        return reason;
+    if (nested->stage2 && IS_FOREIGN(stage.oa)) /* it could be read, but neither at once nor compared and exchanged */
         return stage2_fault(nested->walk, &stage, use->at, true, VIO_REASON_UNSUPPORTED);
     use->hva = stage.oa;
     use->perm = stage.perm;
+    if (!nested->stage2) {
+        use->gpa = stage.gpa;
+        if (stage.clean) /* what is written there must be walked for again */
+            use->perm &= ~PT_WRITES;
+    }
     if (cache)
         walk_cache_fill(cache, &(struct walk_line){
                                    .tag = nested->tag2, .key = key, .hva = stage.oa - offset, .perm = stage.perm});
@@ -171,15 +201,19 @@ static OUT_OF_LINE int make_updates(struct nested copy, const struct update *upd
 
         if (!(update->perm & VIO_WRITE)) {
             struct stage stage;
-            int reason = walk_table(nested->stage2, nested->table2, update->at, VIO_WRITE, &stage);
+            int reason = walk_stage2(nested, update->at, VIO_WRITE, true, &stage);
 
-            return stage2_fault(nested->walk, &stage, update->at, true, reason);
+            if (reason)
+                return reason;
+            if (stage.oa != update->hva) /* the table in the middle has just been changed */
+                return -1;
         }
         about_to_touch_entry(nested, update->at, update->level, update->hva);
         if (!__atomic_compare_exchange_n((uint64_t *)(uintptr_t)update->hva, &old, update->new, false,
                                          __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
             return -1;
-        dirty_mark(nested->dirty, update->at, sizeof old); /* guest memory that its owner did not write */
+        /* guest memory that its owner did not write */
+        dirty_mark(nested->dirty, nested->stage2 ? update->at : update->gpa, sizeof old);
     }
     return 0;
 }
@@ -192,7 +226,7 @@ PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
     struct walk *walk = nested->walk;
     uint64_t address = walk->iova, tables = ~0ull;
     struct update updates[PT_MAX_LEVELS], use = {.hva = 0};
-    struct walk_cache *cache = walk->cache;
+    struct walk_cache *cache = nested->stage2 ? walk->cache : NULL; /* three stages: that of the middle is enough */
     unsigned count = 0, granule;
     bool placed = false, keep = false;
     struct pt_start start;
@@ -287,6 +321,8 @@ PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
  *   1. walk stage 1, each entry being read through stage 2; set its accessed and dirty bits once it has led somewhere;
  *   2. translate the GPA it gives through stage 2;
  *   3. permission is the AND of both, size the smaller one.
+ * Without format2 the parent is guest-managed too, and each step through stage 2 is a nested walk of its own: at most
+ * (levels + 1) x (levels + 1) entries of the guest's, and each of those is read through our table.
  */
 PT_INLINE int walk_nested_space(const struct pt_format *format1, const struct pt_format *format2,
                                 const struct space *space, struct guard *guard, struct walk *walk)
@@ -295,7 +331,8 @@ PT_INLINE int walk_nested_space(const struct pt_format *format1, const struct pt
                                   .stage2 = format2,
                                   .table1 = &space->table,
                                   .table2 = &space->parent->table,
-                                  .dirty = space->parent->dirty,
+                                  .parent = space->parent,
+                                  .dirty = (format2 ? space->parent : space->parent->parent)->dirty,
                                   .tag1 = space->scope.walk_tag,
                                   .tag2 = space->parent->scope.page_tag,
                                   .guard = guard,
@@ -317,14 +354,14 @@ PT_INLINE int walk_nested_space(const struct pt_format *format1, const struct pt
     if (UNLIKELY(reason))
         return reason;
     walk->reading_level = 0;
-    reason = walk_table(format2, nested.table2, stage1.oa, walk->need, &stage2);
+    reason = walk_stage2(&nested, stage1.oa, walk->need, false, &stage2);
     if (UNLIKELY(reason))
-        return stage2_fault(walk, &stage2, stage1.oa, false, reason);
+        return reason;
     walk->hva = stage2.oa;
-    walk->gpa = stage1.oa;
+    walk->gpa = format2 ? stage1.oa : stage2.gpa;
     walk->size_lg2 = stage1.size_lg2 < stage2.size_lg2 ? stage1.size_lg2 : stage2.size_lg2;
     walk->perm = stage1.perm & stage2.perm;
-    if (stage1.clean)
+    if (stage1.clean || (!format2 && stage2.clean))
         walk->perm = PT_CLEAN(walk->perm);
     return 0;
 }

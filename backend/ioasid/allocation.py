@@ -81,7 +81,7 @@ class AllocationCommands(TableCommands):
             upper_address_width, upper_granule, tuple(options),
         )  # fmt: skip
         self._refuse_mismatch(command, kind, parent, root, pid)
-        above = self._parent(command, parent) if parent is not None else None
+        above = self._parent(command, parent, kind) if parent is not None else None
         if kind == Kind.USER and root is None:
             assert above is not None
             if vendor != "amd-v1" or any(asked.values()):
@@ -123,12 +123,13 @@ class AllocationCommands(TableCommands):
 
     def create_nesting(self, parent: int, kind: Kind = Kind.USER) -> int:
         """CREATE_NESTING: a child. Guest-managed: DMA through it faults until BIND_PGTABLE. Host-managed (`kernel`):
-        what is mapped into it are addresses of the parent's."""
+        what is mapped into it are addresses of the parent's. A guest-managed one can stand beneath one that is itself
+        guest-managed, over a host-managed one: three tables are walked then."""
         command = cmd.CREATE_NESTING
         self._enter(command, parent=parent, kind=kind)
-        above = self._parent(command, parent)
         if kind not in NESTED:
             raise command.refuse(errno.EOPNOTSUPP, f"no nesting of kind {kind!r}: ask for user or kernel")
+        above = self._parent(command, parent, Kind(kind))
         return self._new_space(command, Kind(kind), above.format, above)
 
     def free(self, ioasid: int) -> None:
@@ -156,18 +157,39 @@ class AllocationCommands(TableCommands):
             return describe_device(self._bound(command, rid))
         raise command.refuse(errno.EINVAL, "name an IOASID or a device (rid), and not both")
 
-    def _parent(self, command: Command, parent: int) -> Space:
-        """A host-managed IOASID with room for one more child."""
+    def _parent(self, command: Command, parent: int, kind: Kind) -> Space:
+        """An IOASID with room for one more child, of this kind."""
         above = self._space(command, parent)
         if above.kind not in cmd.CREATE_NESTING.kinds:
             raise command.refuse(
-                errno.EINVAL, f"IOASID {parent} is of kind {above.kind}: a parent is host-managed, of kind kernel or vm"
+                errno.EINVAL, f"IOASID {parent} is of kind {above.kind}: a parent is of kind kernel, vm or user"
             )
+        if above.kind == Kind.USER:
+            self._refuse_middle(command, above, kind)
         if above.depth >= MAX_DEPTH:
             raise command.refuse(errno.ENOSPC, f"IOASID {parent} stands beneath {MAX_DEPTH - 1} others: no deeper")
         if above.children >= MAX_CHILDREN:
             raise command.refuse(errno.ENOSPC, f"IOASID {parent} has {MAX_CHILDREN} children: free one first")
         return above
+
+    def _refuse_middle(self, command: Command, above: Space, kind: Kind) -> None:
+        """A guest-managed IOASID cannot be the parent of one of this kind."""
+        if kind != Kind.USER:
+            raise command.refuse(
+                errno.EINVAL,
+                f"IOASID {above.ioasid} is guest-managed: what the host maps cannot follow it: nest kind user",
+            )
+        if above.parent is not above.host:
+            raise command.refuse(
+                errno.EINVAL,
+                f"IOASID {above.ioasid} and its parent are guest-managed: a walk goes through two tables of guests and "
+                "one of the host, no hardware has more",
+            )
+        if above.pasid_table is not None:
+            raise command.refuse(
+                errno.EINVAL,
+                f"IOASID {above.ioasid} has a PASID table: addresses of a table beneath it would carry no PASID",
+            )
 
     def _new_space(
         self,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked of ALLOC or CREATE_NESTING: `format` is on offer for the kind, `parent` host-managed or None."""
+    """What was asked of ALLOC or CREATE_NESTING: `format` is on offer for the kind, as `parent` is."""
 
     command: Command
     """To refuse with."""

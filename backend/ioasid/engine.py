@@ -236,14 +236,24 @@ class Engine:
         return space.ioasid if space is not None else None
 
     def forget_tlbs(self, space: Space, iova: int = 0, size: int | None = None) -> None:
-        """Devices that keep translations of a host-managed IOASID, or of one beneath it, forget them."""
+        """Devices that keep translations of an IOASID, or of one beneath it, forget them."""
         if not self.tlbs:
             return
         for device, pasid in list(space.users):
             if device.tlb is not None:
                 device.tlb(pasid, iova, size, unawaited)
+        self.forget_tlbs_beneath(space)
+
+    def forget_tlbs_beneath(
+        self, space: Space, awaited: Callable[[], Callable[[], None]] = lambda: unawaited, rid: int | None = None
+    ) -> None:
+        """Devices that keep translations of an IOASID beneath this one forget them all; `rid`: just that device.
+        awaited: gives what each is to call when it is done."""
         for child in space.below:
-            self.forget_tlbs(child)
+            for device, pasid in list(child.users):
+                if device.tlb is not None and rid in {None, device.rid}:
+                    device.tlb(pasid, 0, None, awaited())
+            self.forget_tlbs_beneath(child, awaited, rid)
 
     def new_core_id(self) -> int:
         """A number for a space in the core: 32 bits, not 0, and used again as late as possible."""

@@ -167,12 +167,19 @@ def describe(space: Space, core: Core) -> Info:
         attachments=space.attachments,
         mappings=len(held),
         mapped=held.size,
-        nesting=("hardware", "software") if host else (),
+        nesting=_nesting(space),
         commands=_LEGAL[kind],
         bindable=_BINDABLE,
         pasid_tables=_PASID_TABLES,
         counters=core.space_counters(space.core_id),
     )
+
+
+def _nesting(space: Space) -> tuple[str, ...]:
+    if space.kind in {Kind.KERNEL, Kind.VM}:
+        return ("hardware", "software")
+    middle = space.kind == Kind.USER and space.parent is space.host and space.pasid_table is None
+    return ("hardware",) if middle else ()
 
 
 def describe_device(device: Device) -> DeviceInfo:

@@ -175,6 +175,8 @@ class InvalidationCommands(Checks):
                 if device.tlb is not None:
                     whose = pasid if space.pasid_table is not None else key
                     device.tlb(whose, iova, size if granularity == Granularity.RANGE else None, answers.awaited())
+            if self.engine.tlbs:
+                self.engine.forget_tlbs_beneath(space, answers.awaited, what.rid)
         if self.engine.watched:
             where = (iova, size) if granularity == Granularity.RANGE else (None, None)
             self.engine.changed(Change(What.INVALIDATE, self._self, space.ioasid, what.rid, pasid, *where))

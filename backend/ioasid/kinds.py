@@ -15,4 +15,4 @@ class Kind(StrEnum):
     """Follows the VM's memory as it comes and goes: what EPT is to the CPU; nobody maps into it."""
     USER = "user"
     """Guest-managed: nested beneath a parent, its table bound by BIND_PGTABLE or BIND_PASID_TABLE, its changes told by
-    INVALIDATE_CACHE."""
+    INVALIDATE_CACHE. The parent is host-managed, or guest-managed beneath such a one."""

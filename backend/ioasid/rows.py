@@ -31,3 +31,4 @@ FORMAT = (
 ON_KERNEL = frozenset({Kind.KERNEL})
 ON_HOST_TABLE = frozenset({Kind.KERNEL, Kind.VM})
 ON_USER = frozenset({Kind.USER})
+ON_PARENT = ON_HOST_TABLE | ON_USER

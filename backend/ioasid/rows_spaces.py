@@ -3,7 +3,7 @@
 import errno
 
 from .command import Command, Field, Unit
-from .rows import FORMAT, IOASID, NO_DEVICE, NOT_BOUND, ON_HOST_TABLE, UNKNOWN, WRONG
+from .rows import FORMAT, IOASID, NO_DEVICE, NOT_BOUND, ON_PARENT, UNKNOWN, WRONG
 
 CHECK_EXTENSION = Command(
     "CHECK_EXTENSION",
@@ -20,7 +20,7 @@ ALLOC = Command(
     (
         Field("kind", Unit.NAME, True, "kernel, sva, vm or user"),
         *FORMAT,
-        Field("parent", Unit.IOASID, True, "the host-managed IOASID beneath which it is nested"),
+        Field("parent", Unit.IOASID, True, "the IOASID beneath which it is nested, as of CREATE_NESTING"),
         Field("root", Unit.TABLE, True, "user: GPA of the guest's root table"),
         Field("pid", Unit.PID, True, "sva: the process"),
         Field("enforce_snoop", Unit.FLAG, True, "only devices whose DMA can be made coherent may be attached"),
@@ -61,11 +61,13 @@ GET_INFO = Command(
 CREATE_NESTING = Command(
     "CREATE_NESTING",
     8,
-    "an IOASID beneath a host-managed one: guest-managed (hardware nesting) or host-managed (software nesting)",
+    "an IOASID beneath a host-managed one: guest-managed (hardware nesting) or host-managed (software nesting); or a "
+    "guest-managed one beneath one that is itself guest-managed, over a host-managed one",
     (Field("parent", Unit.IOASID), Field("kind", Unit.NAME, True, "user or kernel")),
-    ON_HOST_TABLE,
+    ON_PARENT,
     {
-        errno.EINVAL: WRONG + ", or the parent has no table of the host's (sva, user)",
+        errno.EINVAL: WRONG + ", or the parent is of kind sva; or it is guest-managed and the child is not, or its own "
+        "parent is, too, or it has a PASID table",
         errno.ENOENT: UNKNOWN,
         errno.EOPNOTSUPP: "no nesting of this kind",
         errno.ENOSPC: "the context has all the IOASIDs, or the parent all the children or depth, it may have",

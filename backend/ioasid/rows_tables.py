@@ -53,7 +53,7 @@ BIND_PASID_TABLE = Command(
     ON_USER,
     {
         errno.EINVAL: WRONG + ", the IOASID is not guest-managed, root does not fit the format, numbers that no table "
-        "of it has, or a device that is attached has its PASIDs from elsewhere",
+        "of it has, the IOASID has children, or a device that is attached has its PASIDs from elsewhere",
         **_BIND_ERRORS,
     },
 )

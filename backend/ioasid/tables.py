@@ -64,6 +64,11 @@ class TableCommands(Routes):
         space = self._unbound(
             command, ioasid, root=root, untagged=untagged, untagged_pasid=untagged_pasid, **format_fields(fmt)
         )
+        if space.children:
+            raise command.refuse(
+                errno.EINVAL,
+                f"IOASID {ioasid} has {space.children} children: their addresses would carry no PASID, free them first",
+            )
         rule = PASID_FORMATS.get(fmt.vendor)
         if rule is None:
             raise command.refuse(

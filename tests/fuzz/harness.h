@@ -94,9 +94,10 @@ static inline int host_format(uint64_t number)
 
 static inline int guest_format(uint64_t number, int stage2)
 {
+    const struct space parent = {.format = stage2};
     int format = (int)(number % PT_FORMATS);
 
-    while (!walk_nested(format, stage2))
+    while (!walk_nested(format, &parent))
         format = (format + 1) % PT_FORMATS;
     return format;
 }

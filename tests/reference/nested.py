@@ -60,6 +60,32 @@ class NestedFault:
     entry: int | None
     implicit: bool = False
     may_update: tuple[Update, ...] = ()
+    inner: NestedFault | None = None
+    """Of stage 2, where that is `under`: what befell there, `gpa` being what was asked of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnderFault(Fault):
+    """A fault of two stages that stand as one."""
+
+    inner: NestedFault | None = None
+
+
+def under(middle: Stage, host: Stage) -> Stage:
+    """Two stages as one second stage: a table of the guest's own between its first one and the host's.
+
+    AMD IOMMU 48882, 2.2.6: guest tables over host tables, the latter being those of a guest here.
+    """
+
+    def walk_both(memory: Reader, _config: Any, address: int, access: Access) -> Result | Fault:
+        answer = walk(memory, middle, host, address, access)
+        if isinstance(answer, NestedFault):
+            return UnderFault(answer.reason, answer.level, None, answer.entry, answer.may_update, answer)
+        return Result(
+            answer.output, answer.size, answer.read, answer.write, answer.execute, answer.user, answer.updates
+        )
+
+    return Stage(walk_both, None, middle.table_kind)
 
 
 class SecondStageView:
@@ -115,7 +141,7 @@ def walk(memory: Reader, first: Stage, second: Stage, iova: int, access: Access)
     outer = second.walk(memory, second.config, inner.output, access)
     if isinstance(outer, Fault):
         may = merge([*view.updates, *outer.may_update])
-        return NestedFault(2, outer.reason, outer.level, inner.output, outer.entry, False, may)
+        return NestedFault(2, outer.reason, outer.level, inner.output, outer.entry, False, may, _inner(outer))
     return NestedResult(
         outer.output,
         inner.output,
@@ -132,4 +158,8 @@ def _second_stage_fault(view: SecondStageView) -> NestedFault:
     """The fault that the view met at a table access."""
     fault = view.fault
     assert fault is not None
-    return NestedFault(2, fault.reason, fault.level, view.gpa, fault.entry, True, merge(view.updates))
+    return NestedFault(2, fault.reason, fault.level, view.gpa, fault.entry, True, merge(view.updates), _inner(fault))
+
+
+def _inner(fault: Fault) -> NestedFault | None:
+    return fault.inner if isinstance(fault, UnderFault) else None

@@ -77,6 +77,7 @@ struct pt_format {
     bool skips_levels;       /* a table entry may name any lower level, not just the next */
     bool any_granule;        /* not only PT_GRANULE */
     bool write_only;         /* leaves can permit writes without reads */
+    bool tables_written;     /* beneath stage 1, while it sets accessed bits: reads of that one's entries are writes */
     struct pt_dirty dirty;
     uint64_t denies;         /* bits of a table entry that take rights away when set, not clear (see permissions) */
 

@@ -134,6 +134,7 @@ static const struct pt_format ept_format = {
     .flags = VIO_TABLE_ACCESSED | VIO_TABLE_DIRTY | VIO_TABLE_NO_1G | VIO_TABLE_NO_2M | VIO_TABLE_NO_EXECUTE_ONLY |
              VIO_TABLE_EXECUTE_MODES,
     .min_levels = 4,
+    .tables_written = true, /* SDM, "Accessed and Dirty Flags for EPT" */
     .max_levels = 5,
     .dirty = {.set = EPT_D},
     .prepare = ept_prepare,

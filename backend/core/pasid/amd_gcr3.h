@@ -4,6 +4,9 @@
  * AMD I/O Virtualization Technology (IOMMU) Specification, 48882, section 2.2.6.3 "Guest CR3 Table", and 2.2.2 for the
  * device table entry, which gives its root, its levels (GLX + 1) and the levels of the guest tables (GuestPagingMode).
  * Each level resolves 9 bits of the PASID, the third the 2 bits that are left.
+ *
+ * Where the device table entry has a host table as well, that one translates the roots that level 1 holds and the guest
+ * tables, but not the GCR3 table itself: its addresses are system physical ones as long as GCR3TRPMode is off.
  */
 #ifndef VIOASID_PASID_AMD_GCR3_H
 #define VIOASID_PASID_AMD_GCR3_H
@@ -53,6 +56,6 @@ static int amd_gcr3_find(const vio_pasid_table *table, uint32_t pasid, struct pa
 }
 
 static const char *const amd_gcr3_leads_to[] = {"x86", NULL};
-static const struct pasid_format amd_gcr3 = {"amd-gcr3", amd_gcr3_leads_to, amd_gcr3_prepare, amd_gcr3_find};
+static const struct pasid_format amd_gcr3 = {"amd-gcr3", amd_gcr3_leads_to, false, amd_gcr3_prepare, amd_gcr3_find};
 
 #endif

@@ -110,6 +110,6 @@ static int arm_cd_find(const vio_pasid_table *table, uint32_t pasid, struct pasi
 }
 
 static const char *const arm_cd_leads_to[] = {"arm-s1", NULL};
-static const struct pasid_format arm_cd = {"arm-cd", arm_cd_leads_to, arm_cd_prepare, arm_cd_find};
+static const struct pasid_format arm_cd = {"arm-cd", arm_cd_leads_to, true, arm_cd_prepare, arm_cd_find};
 
 #endif

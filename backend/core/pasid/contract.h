@@ -36,6 +36,11 @@ struct pasid_entry {
 struct pasid_format {
     const char *name;
     const char *const *leads_to; /* stage-1 formats that it can name; ends with NULL */
+    /*
+     * Over a parent that is guest-managed too: the parent translates the table's own addresses, not only those that it
+     * leads to. Else they are the host-managed space's.
+     */
+    bool nested;
     /* Check the options, and fill in what they leave at 0; false: not legal. */
     bool (*prepare)(vio_pasid_table *table);
     /* Find the entry of a PASID (20 bits): 0, or the reason why there is none. */

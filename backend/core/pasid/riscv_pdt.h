@@ -76,6 +76,6 @@ static int riscv_pdt_find(const vio_pasid_table *table, uint32_t pasid, struct p
 }
 
 static const char *const riscv_pdt_leads_to[] = {"riscv", NULL};
-static const struct pasid_format riscv_pdt = {"riscv-pdt", riscv_pdt_leads_to, riscv_pdt_prepare, riscv_pdt_find};
+static const struct pasid_format riscv_pdt = {"riscv-pdt", riscv_pdt_leads_to, true, riscv_pdt_prepare, riscv_pdt_find};
 
 #endif

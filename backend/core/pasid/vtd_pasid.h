@@ -93,6 +93,6 @@ static int vtd_pasid_find(const vio_pasid_table *table, uint32_t pasid, struct p
 }
 
 static const char *const vtd_pasid_leads_to[] = {"x86", "vtd-second-stage", NULL};
-static const struct pasid_format vtd_pasid = {"vtd-pasid", vtd_pasid_leads_to, vtd_pasid_prepare, vtd_pasid_find};
+static const struct pasid_format vtd_pasid = {"vtd-pasid", vtd_pasid_leads_to, false, vtd_pasid_prepare, vtd_pasid_find};
 
 #endif
