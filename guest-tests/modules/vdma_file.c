@@ -153,7 +153,8 @@ static int vdma_wait(struct vdma_file *file, struct vdma_wait __user *argument)
 	if (wait.timeout_ms)
 		end = jiffies + msecs_to_jiffies(wait.timeout_ms) + 1;
 	for (;;) {
-		mutex_lock(&file->lock);
+		if (mutex_lock_killable(&file->lock))
+			return -EINTR;
 		queue = file->queue;
 		if (!queue) {
 			mutex_unlock(&file->lock);

@@ -18,7 +18,7 @@
 
 static const struct sva_group *const groups[] = {
 	&kernel_group, &memory_group,	&changes_group,	 &errors_group,
-	&processes_group, &lifetime_group, &pressure_group, &timings_group,
+	&processes_group, &lifetime_group, &pressure_group, &requests_group, &timings_group,
 };
 
 static int ended(int pidfd, int ms)
@@ -28,24 +28,23 @@ static int ended(int pidfd, int ms)
 	return poll(&wait, 1, ms) == 1;
 }
 
-/* The last line that the test printed, on one line and without what KTAP gives a meaning. */
+/* What the test printed, on one line and without what KTAP gives a meaning. */
 static void read_text(int fd, char *text)
 {
-	char part[4096];
 	size_t have = 0;
 	ssize_t got;
 
-	while ((got = read(fd, part + have, sizeof(part) - 1 - have)) > 0)
+	while ((got = read(fd, text + have, TEXT - 1 - have)) > 0)
 		have += (size_t)got;
-	while (have && part[have - 1] == '\n')
+	while (have && text[have - 1] == '\n')
 		have--;
-	part[have] = '\0';
-	char *line = strrchr(part, '\n');
-
-	snprintf(text, TEXT, "%.*s", TEXT - 1, line ? line + 1 : part);
-	for (char *at = text; *at; at++)
-		if (*at == '#' || *at < ' ')
+	text[have] = '\0';
+	for (char *at = text; *at; at++) {
+		if (*at == '\n')
+			*at = ';';
+		else if (*at == '#' || *at < ' ')
 			*at = '.';
+	}
 }
 
 static int run_test(const struct sva_test *test, char *text)
