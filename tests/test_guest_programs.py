@@ -246,3 +246,23 @@ def test_the_program_needs_nothing_but_the_kernel(program: Path) -> None:
         pytest.skip("install binutils for readelf")
     headers = subprocess.run(["readelf", "-l", program], capture_output=True, text=True, check=True).stdout
     assert "INTERP" not in headers
+
+
+def test_sva_tests_end_one_by_one_where_there_is_no_engine(program: Path) -> None:
+    """Each in a process of its own: an error is that test's result, and the next one runs."""
+    status, text = run(program, "sva", "errors")
+    lines = text.splitlines()
+    assert status == FAIL
+    assert lines[0] == "  KTAP version 1"
+    planned = int(lines[1].removeprefix("  1.."))
+    assert planned > 5
+    assert len(lines) == 2 + planned
+    for number, line in enumerate(lines[2:], 1):
+        assert re.fullmatch(rf"  not ok {number} [a-z-]+ # /dev/vioasid-dma0: No such file or directory", line)
+
+
+def test_one_sva_test_can_be_chosen(program: Path) -> None:
+    status, text = run(program, "sva", "errors", "hole")
+    assert status == FAIL
+    assert text.splitlines()[1:] == ["  1..1", "  not ok 1 hole # /dev/vioasid-dma0: No such file or directory"]
+    assert run(program, "sva", "none-such") == (USAGE, "none-such is no group of tests\n")
