@@ -14,7 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from backend.cli.supervisor import guarded
-from bench import core_bench, mmio_bench, rpc_bench, scale_bench, sva_bench, table_bench, uapi_bench, walk_bench
+from bench import (
+    core_bench,
+    fault_bench,
+    mmio_bench,
+    rpc_bench,
+    scale_bench,
+    sva_bench,
+    table_bench,
+    uapi_bench,
+    walk_bench,
+)
 from bench.result import Result
 
 SUITES: dict[str, Callable[[], Sequence[Result]]] = {
@@ -26,6 +36,7 @@ SUITES: dict[str, Callable[[], Sequence[Result]]] = {
     "rpc": rpc_bench.results,
     "uapi": uapi_bench.results,
     "sva": sva_bench.results,
+    "faults": fault_bench.results,
 }
 
 

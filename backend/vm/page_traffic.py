@@ -20,8 +20,8 @@ PASIDS_KEPT = 256
 
 @dataclass(frozen=True, slots=True)
 class RoundTrip:
-    """One group: `pages` of it, and seconds from its first request until its answer. `ours` is the processor time that
-    this process took meanwhile: the rest was the guest's, or waiting."""
+    """One group: `pages` of it, and seconds from when its last request was handed on, with an interrupt to the guest,
+    until the guest's answer. `ours` is the processor time that this process took meanwhile: the rest is the guest's."""
 
     pages: int
     whole: float
@@ -42,9 +42,10 @@ class _Open:
     """A group that was asked for and not answered."""
 
     first: tuple[int, Access]
-    begin: float
-    used: float
     pages: int = 0
+    begin: float | None = None
+    """When all of it was handed on, and what this thread had used of its processor then."""
+    used: float = 0.0
 
 
 class PageMeter:
@@ -55,7 +56,8 @@ class PageMeter:
         self.total = PasidPages()
         self.round_trips: deque[RoundTrip] = deque(maxlen=TIMES_KEPT)
         self.on_answer: Callable[[PageResponse, int, Access], None] | None = None
-        """Told of each answer, before its device, with the first page of the group."""
+        """Told of each answer to a group of several pages, before its device, with the first page. Those of one page
+        are left alone: they are what round trips are measured by."""
         self._open: dict[tuple[int, int], _Open] = {}
 
     def begin(self) -> None:
@@ -85,7 +87,7 @@ class PageMeter:
         opened = self._open.get(key)
         counts = self._counts(pasid)
         if opened is None:
-            opened = self._open[key] = _Open((iova, access), time.perf_counter(), time.thread_time())
+            opened = self._open[key] = _Open((iova, access))
             for each in counts:
                 each.groups += 1
         opened.pages += 1
@@ -94,15 +96,18 @@ class PageMeter:
         device.page_request(
             pasid, iova, access, group=group, last=last, answer=partial(self._answered, key, pasid, answer)
         )
+        if last:
+            opened.begin, opened.used = time.perf_counter(), time.thread_time()
 
     def _answered(
         self, key: tuple[int, int], pasid: int | None, answer: Callable[[PageResponse], None], said: PageResponse
     ) -> None:
         opened = self._open.pop(key, None)
         if opened is not None:
-            whole, ours = time.perf_counter() - opened.begin, time.thread_time() - opened.used
-            self.round_trips.append(RoundTrip(opened.pages, whole, ours))
-            if self.on_answer is not None:
+            if opened.begin is not None:
+                whole, ours = time.perf_counter() - opened.begin, time.thread_time() - opened.used
+                self.round_trips.append(RoundTrip(opened.pages, whole, ours))
+            if self.on_answer is not None and opened.pages > 1:
                 self.on_answer(said, *opened.first)
         for each in self._counts(pasid):
             each.answers[said.code] += 1
