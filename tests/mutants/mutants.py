@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mutations import MUTATIONS, ROOT, Mutation
+from mutations import CHECKS, MUTATIONS, ROOT, Mutation
 
 from backend.cli.supervisor import guarded
 from backend.vm.cache import cache_dir
@@ -64,6 +64,8 @@ def main() -> int:
         for mutation in chosen:
             print(f"{mutation.name:28} {mutation.what}")
         return 0
+    for mutation in chosen:
+        mutation.applied((ROOT / mutation.file).read_text())  # said now, not after many guests
     verdicts = try_all(chosen, args.jobs)
     if args.json:
         print(json.dumps({"ok": all(each.caught for each in verdicts), "mutants": [asdict(each) for each in verdicts]}))
@@ -132,8 +134,9 @@ def boot(copy: Path, machine: str) -> list[str]:
             **os.environ, "XDG_RUNTIME_DIR": str(run), "XDG_STATE_HOME": folder, "VIOASID_CACHE": str(cache_dir()),
             "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
+        arguments = ["--machine", machine, "--json", "--append", f"vioasid.checks={CHECKS}"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "backend.cli.main", "boot", "--machine", machine, "--json"],
+            [sys.executable, "-m", "backend.cli.main", "boot", *arguments],
             cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = "q35-amd-sva"
+CHECKS = "dma,sva-memory,sva-changes,sva-errors,sva-processes,sva-lifetime,sva-pressure,log"
+"""Of guest-tests/checks: all of shared virtual addressing but the timings, which nothing fails."""
 
 
 class DoesNotApply(ValueError):
@@ -150,7 +152,7 @@ MUTATIONS = (
         "bus-master-ignored",
         "a function that may not master the bus does so all the same",
         f"{PCI}/function.py",
-        "port.enabled = lambda: self.bus_master",
+        "port.enabled = lambda: self._bus_master",
         "port.enabled = lambda: True",
     ),
 )
