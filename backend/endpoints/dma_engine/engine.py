@@ -33,8 +33,8 @@ PASID_WIDTH = 16  # as wide as the AMD driver uses them
 PAGE_REQUESTS_MAX = 512
 """PRI capacity: source and target of 1 MiB. How much of it is used is the guest's decision (the allocation)."""
 
-# Effort (units of 64 KiB copied, or small jobs) of one run: some two milliseconds, then the loop serves everyone else.
-_EFFORT = 256
+# Effort (units of 64 KiB copied, or small jobs) of one run: a millisecond or two, then the loop serves everyone else.
+_EFFORT = 64
 
 
 @dataclass(slots=True)
