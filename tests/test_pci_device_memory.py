@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Callable, Iterator
 
@@ -322,6 +323,47 @@ def test_missing_pages(machine: Machine) -> None:
     assert memory.missing(1, OTHER + 3, 1 << 40, WRITE, 3) == [OTHER, OTHER + PAGE, OTHER + 2 * PAGE]
     machine.registers.disable_ats()
     assert memory.missing(1, AT, 4 * PAGE, READ, 10) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_missing_pages_by_brute_force(machine: Machine, seed: int) -> None:
+    """Against what the tables were made to say: runs, holes, read-only pages, large steps between them."""
+    rnd, process = random.Random(seed), machine.processes[1]
+    rights: dict[int, Access] = {}
+    for page in range(512):
+        kind = rnd.choice(("none", "none", "read", "write", "next"))
+        if kind != "none":
+            gpa = machine.data + (page if kind == "next" else rnd.randrange(100)) % 100 * PAGE
+            process.map(OTHER + page * PAGE, gpa, writable=kind != "read")
+            rights[page] = READ if kind == "read" else RW
+    for _ in range(200):
+        first, most, access = rnd.randrange(520), rnd.choice((1, 3, 32, 1000)), rnd.choice((READ, WRITE, RW))
+        start, length = first * PAGE + rnd.randrange(PAGE), rnd.choice((1, PAGE, rnd.randrange(1, 600 * PAGE)))
+        pages = range(first, (start + length - 1) // PAGE + 1)
+        expected = [OTHER + page * PAGE for page in pages if access & ~rights.get(page, Access(0))]
+        assert machine.memory.missing(1, OTHER + start, length, access, most) == expected[:most]
+    assert machine.heard == []
+
+
+def test_missing_pages_of_a_large_one() -> None:
+    """2 MiB that may only be read (SDM 3, table 4-16: PS is bit 7); no more is told than what was asked about."""
+    machine = Machine(pages=1024)
+    try:
+        leaf = machine.processes[1].leaf(OTHER)  # makes the tables on the way
+        table = next(
+            gpa for gpa in range(0, machine.data, 8) if machine.ram.peek(gpa, 8) == struct.pack("<Q", leaf | 7)
+        )
+        machine.ram.poke(table, struct.pack("<Q", (2 << 20) | 0x85))
+        machine.ram.poke(3 << 20, b"large")
+        missing = machine.memory.missing
+        assert machine.memory.read(OTHER + (1 << 20), 5, 1) == b"large" and machine.kept() == 1
+        assert missing(1, OTHER, 2 << 20, READ, 9) == []
+        assert missing(1, OTHER + PAGE + 5, 2 * PAGE, RW, 9) == [OTHER + page * PAGE for page in (1, 2, 3)]
+        assert missing(1, OTHER + PAGE, PAGE + 1, WRITE, 9) == [OTHER + page * PAGE for page in (1, 2)]
+        assert missing(1, OTHER + PAGE, 1, WRITE, 9) == [OTHER + PAGE]
+        assert len(missing(1, OTHER, 1 << 30, WRITE, 600)) == 600
+    finally:
+        machine.close()
 
 
 def test_ats_that_the_iommu_does_not_serve(machine: Machine) -> None:

@@ -296,6 +296,13 @@ int vio_ats(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uin
             vio_translated *out, uint64_t room, uint64_t *count);
 
 /*
+ * ats_missing.c: pages of [iova, iova + length) of which translation requests do not give all of `access`, `most` at the
+ * most, in order, to out[]; how many in *count. VIO_FAULT: where requests are led, and no page, is to blame.
+ */
+int vio_ats_missing(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t length, uint32_t access,
+                    uint64_t *out, uint64_t most, uint64_t *count);
+
+/*
  * batch.c: one answer an IOVA, in columns as long as there are IOVAs. reasons[i] is 0 and what a translation has holds,
  * or it is the reason of a fault and what a fault has holds; the rest is 0.
  */

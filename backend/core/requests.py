@@ -105,6 +105,28 @@ class Requests:
             tuple(Translated(first, size or 1 << 64, to, RIGHTS[rights]) for first, size, to, rights in found), fault
         )
 
+    def ats_missing(
+        self, rid: int, iova: int, length: int, access: Access, most: int, *, pasid: int | None = None
+    ) -> list[int] | Fault:
+        """Tell which pages of [iova, iova + length) translation requests (`ats`) do not give all of `access`, in order.
+
+        Args:
+            most: how many are of interest.
+
+        A Fault: not the pages, but where the requests are led is to blame.
+
+        Raises: BadValueError (access, or a range that is empty or ends beyond 2^64).
+        """
+        out = ffi.new("uint64_t[]", max(0, min(most, -(-length // PAGE) + 1)))
+        count = ffi.new("uint64_t *")
+        try:
+            status = lib.vio_ats_missing(
+                self._engine, rid, pasid_of(pasid), iova, length, small(access), out, len(out), count
+            )
+        except OverflowError:
+            return replace(beyond(rid, pasid, iova, access), type=AddressType.TRANSLATION_REQUEST)
+        return fault_of(status) if status else ffi.unpack(out, count[0])
+
     def lookup(self, rid: int, iova: int, *, pasid: int | None = None, access: Access = Access.READ) -> Path:
         """Tell the whole path of a translation without being a request.
 

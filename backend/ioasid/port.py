@@ -194,6 +194,17 @@ class DevicePort:
         missed = fault.reason in MISSES or (fault.reason == Reason.ADDRESS_WIDTH and fault.stage)
         return AtsReply(reply.translations, self._engine.renumber(fault) if missed else self._engine.report(fault))
 
+    def missing(self, iova: int, length: int, access: Access, most: int, pasid: int | None = None) -> list[int]:
+        """Pages of [iova, iova + length), `most` at the most, that translation requests do not find, or not for all of
+        `access`. None: also where translation requests are not served, or no request may be sent."""
+        if not length or not self.enabled():
+            return []
+        ask = partial(self._core.ats_missing, self.rid, iova, length, access, most, pasid=pasid)
+        answer = ask()
+        if isinstance(answer, Fault):
+            answer = self._faulted(answer, ask)
+        return [] if isinstance(answer, Fault) else answer
+
     @cached_property
     def translated(self) -> DevicePort:
         """The same for requests whose addresses `translate` gave, while the device is attached with ATS; else they are

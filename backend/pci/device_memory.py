@@ -170,22 +170,10 @@ class DeviceMemory:
 
         Empty also where nothing can be known or done about it: without ATS, bus mastering, or the PASID.
         """
-        tlb = self._tlb(pasid)
-        found: list[int] = []
-        if tlb is None or not self._port.enabled() or not self._pasids.may_send(pasid, access):
-            return found
-        end = min(iova + length, END)
-        while iova < end and len(found) < most:
-            part = (iova, min(CHUNK, end - iova))
-            _, reached, fault = self._translate(tlb, pasid, [part], access)
-            if fault is None:
-                iova += reached
-            elif fault.reason == Reason.ATS_OFF:
-                break
-            else:
-                found.append(iova + reached & -PAGE)
-                iova = found[-1] + PAGE
-        return found
+        length = min(length, END - iova)
+        if self._tlb(pasid) is None or length <= 0 or not self._pasids.may_send(pasid, access):
+            return []
+        return self._port.missing(iova, length, access, most, pasid)
 
     def _tlb(self, *pasids: int | None) -> DeviceTlb | None:
         """The device TLB, where it serves all these PASIDs."""

@@ -68,6 +68,10 @@ class FunctionPort(DmaPort, Protocol):
         """A translation request for the pages of [iova, iova + length): what is found of them, in order, without gaps,
         and the fault at which that ends."""
 
+    def missing(self, iova: int, length: int, access: Access, most: int, pasid: int | None = None) -> list[int]:
+        """Pages of [iova, iova + length), `most` at the most, of which translation requests would not give all of
+        `access`."""
+
     @property
     def translated(self) -> DmaPort:
         """For requests whose addresses `translate` gave; they carry no PASID."""
