@@ -44,6 +44,11 @@ class Decoder:
         self._skipper = msgpack.Unpacker(max_buffer_size=0, read_size=4096)
         self._base = self.consumed
 
+    @property
+    def unfinished(self) -> int:
+        """Bytes of a message that is not whole yet."""
+        return len(self._held) - self._taken
+
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
         self._held += data

@@ -6,6 +6,9 @@ is closed, requests that are waited for are ended; when the last of them has, th
 Reads and writes never wait. A client that does not read its replies is not read from; a turn is bounded, so that others
 have theirs; all replies of a turn leave in one write.
 
+What clients leave unread here draws on one budget, of which each has a part to itself: beyond that part, a reply for
+which there is no room becomes an error, and requests are not read until the client has read. Large messages take turns.
+
 Descriptors (SCM_RIGHTS) belong to the message that holds the last byte of the read they came with. The system ends such
 a read within the bytes that were sent with them, so this is the sender's message whenever it was sent by a call of its
 own.
@@ -26,8 +29,10 @@ from time import monotonic
 from types import CoroutineType
 from typing import Any, Protocol
 
+from .budget import Budget
 from .codec import Decoder, Encoder, as_utf8
 from .errors import Malformed, RpcError
+from .large import LargeMessages
 from .limits import Limits
 from .messages import Message, Notification, Request, Unusable, fields_of
 from .outbox import Outbox
@@ -52,6 +57,11 @@ class Owner(Protocol):
     limits: Limits
     encoder: Encoder
     log: logging.Logger
+    waiting: Budget
+    """Bytes that wait for clients to read."""
+    pending: Budget
+    """Requests that are waited for."""
+    large: LargeMessages
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -88,6 +98,9 @@ class Connection:
         self._decoder = Decoder(owner.limits)
         self._outbox = Outbox(owner.limits, lambda count: self._encoder.notification("lost", {"count": count}))
         self._unsent = memoryview(b"")
+        self._waiting = owner.waiting.account()
+        self._pending = owner.pending.account()
+        self._short = False  # there was no room for a reply
         self._tasks: set[asyncio.Task[None]] = set()
         self._arrived: deque[tuple[int, list[int], bool]] = deque()  # offset of the byte they belong to, fds, some lost
         self._flush_due = False
@@ -105,7 +118,8 @@ class Connection:
     def notify(self, method: str, *params: Any) -> None:
         """Send a notification. Never waits: a client that does not read loses the oldest, and is told how many."""
         if self.state is State.OPEN:
-            self._outbox.notify(self._encoder.notification(method, *params))
+            data = self._encoder.notification(method, *params)
+            self._outbox.notify(data, None if self._may_wait(len(data)) else self._limits.small - self._unread)
             self._flush_soon()
 
     def take_fds(self) -> list[int]:
@@ -139,6 +153,8 @@ class Connection:
             close_all(descriptors)
         self._arrived.clear()
         self._unsent = memoryview(b"")
+        self._waiting.hold(0)
+        self._owner.large.leave(self)
         for task in self._tasks:
             task.cancel()
         if not self._tasks:
@@ -175,7 +191,7 @@ class Connection:
     def _turn(self) -> None:
         """Serve what has arrived, up to a bound."""
         end = monotonic() + self._limits.turn
-        while self._unread <= self._limits.unsent:
+        while not self._full:
             if self.state is not State.OPEN:
                 return
             try:
@@ -189,6 +205,11 @@ class Connection:
                     self.close(errno.E2BIG, f"a message that is not whole has more than {most} descriptors already")
                     return
                 self._flush()
+                if self._decoder.unfinished <= self._limits.small:
+                    self._owner.large.leave(self)
+                elif not self._owner.large.enter(self):
+                    self._stop_reading()
+                    return
                 self._read_more()
                 return
             self._handle(message)
@@ -204,6 +225,33 @@ class Connection:
         """Bytes that the system would not take, because the client does not read."""
         return len(self._unsent) + self._outbox.reply_bytes
 
+    @property
+    def _full(self) -> bool:
+        """The client is to read before more is done for it."""
+        return self._unread > (self._limits.small if self._short else self._limits.unsent)
+
+    def _may_wait(self, more: int) -> bool:
+        """Whether so many bytes more may wait for the client, beside what waits for others."""
+        size = len(self._unsent) + self._outbox.size + more
+        return size <= self._limits.small or self._waiting.hold(size)
+
+    def _reply(self, msgid: int, data: bytes) -> None:
+        if not self._may_wait(len(data)):
+            self._short = True
+            data = self._encoder.error(msgid, errno.ENOMEM, "the clients leave too many replies unread: read yours")
+        self._outbox.reply(data)
+
+    # For LargeMessages
+
+    def resume(self) -> None:
+        """The rest of a large message may be read."""
+        if not self._full:
+            self._read_more()
+
+    def late(self) -> None:
+        """It takes too long."""
+        self.close(errno.ETIMEDOUT, f"a message did not end within {self._limits.large_seconds} seconds: others wait")
+
     # Serving
 
     def _handle(self, message: Message) -> None:
@@ -216,7 +264,7 @@ class Connection:
             if self._serve(message, descriptors):
                 return
         elif isinstance(message, Unusable):
-            self._outbox.reply(self._encoder.error(message.msgid, message.errno, message.sentence))
+            self._reply(message.msgid, self._encoder.error(message.msgid, message.errno, message.sentence))
         elif isinstance(message, Notification):
             self._owner.log.debug("ignored the notification %.100r", message.method)
         if descriptors:
@@ -255,16 +303,16 @@ class Connection:
             else:
                 result = method(self.session, fields)
             if type(result) is CoroutineType:
-                if len(self._tasks) < self._limits.in_flight:
+                if len(self._tasks) < self._limits.in_flight and self._pending.take():
                     self._start_task(msgid, result, descriptors, context)
                     return True
                 result.close()
-                most = self._limits.in_flight
-                raise RpcError(errno.EAGAIN, f"{most} requests are waited for already: wait until one is answered")
+                count = len(self._tasks)
+                raise RpcError(errno.EAGAIN, f"{count} requests are waited for already: wait until one is answered")
         except Exception as error:
-            self._outbox.reply(self._refusal(msgid, error))
+            self._reply(msgid, self._refusal(msgid, error))
             return False
-        self._outbox.reply(self._result(msgid, result))
+        self._reply(msgid, self._result(msgid, result))
         return False
 
     def _start_task(
@@ -281,6 +329,7 @@ class Connection:
             work.close()  # a task that is cancelled before its first step never comes to it
             close_all(descriptors or ())
             self._tasks.discard(task)
+            self._pending.give()
             if not task.cancelled() and (error := task.exception()) is not None:
                 self._owner.record(error)
             if self.state is State.CLOSED and not self._tasks:
@@ -295,7 +344,7 @@ class Connection:
             reply = self._refusal(msgid, error)
         if self.state is not State.OPEN:
             return
-        self._outbox.reply(reply)
+        self._reply(msgid, reply)
         if self._unread > self._limits.unsent_end:
             self._owner.log.warning("a client (process %d) does not read its replies: disconnected", self.peer.pid)
             self.abort()
@@ -338,7 +387,9 @@ class Connection:
                     self._unsent = memoryview(self._outbox.take())
                 sent = self._socket.send(self._unsent)
                 self._unsent = self._unsent[sent:]
+            self._settle()
         except (BlockingIOError, InterruptedError):
+            self._settle()
             if not self._writing:
                 self._writing = True
                 self._loop.add_writer(self._socket, self._writable)
@@ -349,6 +400,12 @@ class Connection:
         if self.state is State.CLOSING:
             self.abort()
 
+    def _settle(self) -> None:
+        """What was sent waits no more."""
+        if self._waiting.used:
+            self._waiting.hold(len(self._unsent) + self._outbox.size)
+        self._short = self._short and self._unread > self._limits.small
+
     def _writable(self) -> None:
         self._write()
         if self.state is not State.OPEN:
@@ -356,7 +413,7 @@ class Connection:
         if not self._unsent and not self._outbox:
             self._writing = False
             self._loop.remove_writer(self._socket)
-        if not self._reading and self._unread <= self._limits.unsent:
+        if not self._reading and not self._full:
             self._turn()
 
     # Ending

@@ -30,6 +30,12 @@ class Limits:
     """Requests of a connection that are waited for (those that are answered at once never count): what a device has
     outstanding at most in PCI Express with 8-bit tags."""
 
+    pending: int = 1 << 16
+    """Such requests of all connections: some 3 KiB each, 200 MiB."""
+
+    pending_least: int = 16
+    """Of which each connection may always have so many."""
+
     connections: int = 1024
     """Each is an open context, and 1,024 is the usual limit of open files of a process."""
 
@@ -43,6 +49,21 @@ class Limits:
     unsent_end: int = 4 << 20
     """Bytes of replies that end the connection: a few of the largest, which requests that were waited for may add
     after reading has stopped."""
+
+    small: int = 64 << 10
+    """Bytes that wait for a connection, and bytes of a message that is not whole, which it may always have here: a
+    thousand of the usual requests and replies."""
+
+    waiting: int = 192 << 20
+    """Bytes of replies and notifications that wait for all connections to read: `small` for each, and what a hundred
+    of them leave unread of large replies."""
+
+    large: int = 64
+    """Messages beyond `small` that arrive at a time; others are not read meanwhile. They are kept twice while they
+    are cut: 128 MiB."""
+
+    large_seconds: float = 10.0
+    """Seconds that a large message may take when others wait: over a local socket it takes milliseconds."""
 
     notifications: int = 1024
     """Notifications kept for a slow reader, the newest: as many as a fault queue holds."""

@@ -33,13 +33,20 @@ class Outbox:
         self._replies.append(data)
         self.reply_bytes += len(data)
 
-    def notify(self, data: bytes) -> None:
-        """Add a notification, at the expense of the oldest where there is no room."""
+    @property
+    def size(self) -> int:
+        """Bytes of all that waits."""
+        return self.reply_bytes + self.notification_bytes
+
+    def notify(self, data: bytes, most: int | None = None) -> None:
+        """Add a notification, at the expense of the oldest where there is no room: `most` bytes of them, else as the
+        limits say."""
+        most = self._limits.notification_bytes if most is None else most
         queue = self._notifications
         queue.append(data)
         self.notification_bytes += len(data)
         while len(queue) > 1 and (
-            len(queue) > self._limits.notifications or self.notification_bytes > self._limits.notification_bytes
+            len(queue) > self._limits.notifications or self.notification_bytes > most
         ):
             self.notification_bytes -= len(queue.popleft())
             self.lost += 1

@@ -13,9 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .budget import Budget
 from .codec import Encoder
 from .connection import Connection, Method, Session
 from .errors import RpcError
+from .large import LargeMessages
 from .limits import DEFAULT, Limits
 from .sockets import allow_descriptors, listen, may_connect
 
@@ -61,6 +63,9 @@ class Server:
         self.path = Path(path)
         self.limits = limits
         self.encoder = Encoder(limits)
+        self.waiting = Budget(limits.waiting, least=limits.small, holders=limits.connections)
+        self.pending = Budget(limits.pending, least=limits.pending_least, holders=limits.connections)
+        self.large = LargeMessages(limits.large, limits.large_seconds)
         self.log = log or logging.getLogger(__name__)
         self.errors: list[BaseException] = []
         """What methods raised that is no refusal, the first ERRORS_KEPT of it."""
