@@ -13,8 +13,8 @@ from backend.vm.cache import Cache
 from backend.vm.doctor import Part, Status, all_well, examine
 
 PARTS = [
-    "python", "compiler", "core", "cache", "mirror", "mmdebstrap", "qemu", "kernel", "busybox", "libvfio-user",
-    "memfd", "kvm", "sockets", "iasl",
+    "python", "compiler", "core", "cache", "mirror", "mmdebstrap", "qemu", "kernel", "module-tools", "busybox",
+    "libvfio-user", "memfd", "kvm", "sockets", "iasl",
 ]  # fmt: skip
 
 
@@ -62,6 +62,12 @@ def test_what_is_not_fetched_yet_is_no_failure(bare: FakePrograms) -> None:
         assert "will be fetched by make boot" in parts[name].detail
     assert not Cache().root.exists()
     assert bare.calls("mmdebstrap") == ""
+
+
+def test_what_builds_drivers_is_fetched_by_the_machines_that_have_some(bare: FakePrograms) -> None:
+    part = by_name()["module-tools"]
+    assert part.status is Status.WARN
+    assert part.fix == "Run: make boot ARGS='--machine q35-amd-sva'"
 
 
 def test_kvm_that_is_absent_means_tcg(bare: FakePrograms) -> None:

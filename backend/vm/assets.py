@@ -188,6 +188,14 @@ def module_tools(kernel: Kernel, cache: Cache | None = None) -> ModuleTools:
     return tools.unpacked(entry.path, kernel.version)
 
 
+def known_module_tools(kernel: Kernel, cache: Cache) -> ModuleTools | None:
+    """Those that `module_tools` would use without fetching anything; None: there are none."""
+    if host := tools.find_host(kernel.version):
+        return host
+    entry = _module_tools(kernel.version).find(cache)
+    return tools.unpacked(entry.path, kernel.version) if entry else None
+
+
 def busybox(cache: Cache | None = None) -> Path:
     """A statically linked busybox for x86-64."""
     return GUEST.get(cache or Cache()).path / BUSYBOX

@@ -25,6 +25,7 @@ from backend.vm.run_folder import SOCKET_PATH_LIMIT, runtime_folder
 
 FETCHED_LATER = "absent, will be fetched by make boot"
 OLDEST_PYTHON = (3, 11)
+WITH_DRIVER = "q35-amd-sva"
 SOCKET_NAME_BYTES = 48
 """Room for the name of a run and of a function below the runtime folder."""
 
@@ -182,6 +183,15 @@ def _kernel(cache: Cache) -> Part:
     return _passed("kernel", f"{known.version}, in the cache")
 
 
+def _module_tools(cache: Cache) -> Part:
+    known = _known_kernel(cache)
+    found = assets.known_module_tools(known, cache) if known is not None else None
+    if found is None:
+        detail = "absent, will be fetched for machines whose guest has a driver of ours"
+        return Part("module-tools", Status.WARN, detail, f"Run: make boot ARGS='--machine {WITH_DRIVER}'")
+    return _passed("module-tools", f"headers of kernel {known.version if known else ''}, their compiler and make")
+
+
 def _busybox(cache: Cache) -> Part:
     if not assets.GUEST.find(cache):
         return Part("busybox", Status.WARN, FETCHED_LATER, "Run: make boot")
@@ -253,6 +263,7 @@ CHECKS: dict[str, Check] = {
     "mmdebstrap": _fetch_tools,
     "qemu": _qemu,
     "kernel": _kernel,
+    "module-tools": _module_tools,
     "busybox": _busybox,
     "libvfio-user": _library,
     "memfd": _memfd,
