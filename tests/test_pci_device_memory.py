@@ -359,7 +359,7 @@ def test_missing_pages_of_a_large_one() -> None:
         assert machine.memory.read(OTHER + (1 << 20), 5, 1) == b"large" and machine.kept() == 1
         assert missing(1, OTHER, 2 << 20, READ, 9) == []
         assert missing(1, OTHER + PAGE + 5, 2 * PAGE, RW, 9) == [OTHER + page * PAGE for page in (1, 2, 3)]
-        assert missing(1, OTHER + PAGE, PAGE + 1, WRITE, 9) == [OTHER + page * PAGE for page in (1, 2)]
+        assert missing(1, OTHER + PAGE, PAGE + 1, RW, 9) == [OTHER + page * PAGE for page in (1, 2)]
         assert missing(1, OTHER + PAGE, 1, WRITE, 9) == [OTHER + PAGE]
         assert len(missing(1, OTHER, 1 << 30, WRITE, 600)) == 600
     finally:
