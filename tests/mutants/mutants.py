@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,8 @@ COPIED = (
     "backend", "ctypes_bindings", "guest-tests", "protocol", "qemu-configs", "setup.py", "pyproject.toml", "README.md",
 )  # fmt: skip
 CHECKS_SHOWN = 3
+BOOTS: set[subprocess.Popen[str]] = set()
+"""Those that run, to be ended when we are."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def main() -> int:
 
 def try_all(chosen: Sequence[Mutation], jobs: int) -> list[Verdict]:
     """Every mutation, after the tree as it is has passed on each machine that they need: else nothing is shown."""
-    with shown("mutants") as progress, ThreadPoolExecutor(jobs) as pool, scratch_copies(jobs) as copies:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with shown("mutants") as progress, scratch_copies(jobs) as copies, workers(jobs) as pool:
         done = 0
         count = threading.Lock()
 
@@ -99,6 +103,19 @@ def try_all(chosen: Sequence[Mutation], jobs: int) -> list[Verdict]:
         progress("the tree as it is")
         list(pool.map(passes, sorted({mutation.machine for mutation in chosen})))
         return list(pool.map(tried, chosen))
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose guests end with us, however that is."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(BOOTS):
+            process.terminate()
+        pool.shutdown()
 
 
 def attempt(copy: Path, mutation: Mutation) -> Verdict:
@@ -135,16 +152,19 @@ def boot(copy: Path, machine: str) -> list[str]:
             "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
         arguments = ["--machine", machine, "--json", "--append", f"vioasid.checks={CHECKS}"]
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", "backend.cli.main", "boot", *arguments],
             cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        try:
-            out, said = process.communicate(timeout=BOOT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.communicate()
-            return [f"no end within {BOOT_SECONDS} s"]
+        ) as process:  # fmt: skip
+            BOOTS.add(process)
+            try:
+                out, said = process.communicate(timeout=BOOT_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.communicate()
+                return [f"no end within {BOOT_SECONDS} s"]
+            finally:
+                BOOTS.discard(process)
     try:
         report: dict[str, Any] = json.loads(out)
     except ValueError:
