@@ -114,6 +114,10 @@ class AllocationCommands(TableCommands):
             raise command.refuse(errno.EINVAL, f"an IOASID of kind {kind} stands beneath no other: leave parent out")
         if (pid is not None) != (kind == Kind.SVA):
             raise command.refuse(errno.EINVAL, "a process goes with kind sva, and with no other: see pid")
+        if self.guest and kind == Kind.SVA:
+            raise command.refuse(
+                errno.EPERM, "a guest has no processes of the host: nest a table of its own, of kind user"
+            )
 
     def _refuse_guests_options(self, command: Command, fmt: PgtableFormat) -> None:
         if fmt.options or fmt.accessed or fmt.output_width or fmt.upper_root is not None:

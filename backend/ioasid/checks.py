@@ -32,9 +32,17 @@ class Checks:
     """What a context owns, and the refusals that all groups of commands share."""
 
     def __init__(
-        self, engine: Engine, memory: UserMemory | None = None, vm: object = None, share: Share = ALL
+        self,
+        engine: Engine,
+        memory: UserMemory | None = None,
+        vm: object = None,
+        share: Share = ALL,
+        *,
+        guest: bool = False,
     ) -> None:
         self.engine = engine
+        self.guest = guest
+        """Its user is a guest: it reaches and learns nothing of the host but its VM's memory."""
         self.share = share
         """What it may have beside other contexts."""
         self.merged_room = Room(share.mappings)

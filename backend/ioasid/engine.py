@@ -20,7 +20,7 @@ from .pasid_pool import PasidMode, PasidPool, SharedPasids
 from .share import ALL, Share
 from .spaces import Space
 from .traits import Traits
-from .user_memory import UserMemory
+from .user_memory import NoMemory, UserMemory
 from .vm_memory import VmMemorySource
 
 PAGE_TIMEOUT = 10.0
@@ -75,15 +75,19 @@ class Engine:
         self._telling = False
         self._watchers: list[ChangeListener] = []
 
-    def open(self, memory: UserMemory | None = None, vm: object = None, share: Share = ALL) -> Context:
+    def open(
+        self, memory: UserMemory | None = None, vm: object = None, share: Share = ALL, *, guest: bool = False
+    ) -> Context:
         """A new context, as each open of /dev/ioasid gives. ENOSPC: the engine has all that it may have.
 
         `memory`: of the user, whose addresses MAP_DMA takes; None: this process. `vm`: contexts opened with the same
         one belong to one VM, whose PASIDs they share; None: a VM of its own. `share`: what it may have beside others.
+        `guest`: its user is a guest, which has no process and no memory of the host: kind `sva` is refused, and so is
+        every address that is not one of the VM's memory, unless `memory` says where it lies in this process.
         """
         if len(self.contexts) >= MAX_CONTEXTS:
             raise IoasidError(errno.ENOSPC, f"open: {MAX_CONTEXTS} contexts are open: close one first")
-        context = Context(self, memory, vm, share)
+        context = Context(self, NoMemory() if guest and memory is None else memory, vm, share, guest=guest)
         self.contexts.add(context)
         return context
 

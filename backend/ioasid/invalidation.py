@@ -208,7 +208,8 @@ class InvalidationCommands(Checks):
     def lookup(self, ioasid: int, iova: int, *, pasid: int | None = None, access: Access = Access.READ) -> Path:
         """LOOKUP: what a request for one byte would go through now, every entry of both stages past all caches, and
         where it ends; nothing is set, filled or counted. IOASIDs in it are numbers of this context, and the result's
-        hva is the user's own address (0: none of the user's)."""
+        hva is the user's own address (0: none of the user's). A guest sees no entry of ours: they are at addresses of
+        the host, and hold some."""
         command = cmd.LOOKUP
         space = self._space(command, ioasid, ioasid=ioasid, iova=iova, pasid=pasid, access=access)
         if not access:
@@ -224,10 +225,13 @@ class InvalidationCommands(Checks):
             path = self._core.lookup(rid, iova, pasid=pasid, access=access)
         finally:
             self._core.detach(rid, pasid)
+        if self.guest:
+            path = replace(path, steps=tuple(step for step in path.steps if step.stage == 1))
         number_of = self.engine.number_of
         result = path.result
         if isinstance(result, Fault):
-            result = replace(result, ioasid=ioasid)
+            ours = self.guest and result.stage == 2
+            result = replace(result, ioasid=ioasid, entry=0 if ours else result.entry)
         elif space.kind != Kind.SVA:  # the user's address, not ours
             result = replace(result, hva=self.memory.vaddr(result.hva) or 0)
         return replace(path, ioasid=ioasid, parent=number_of(path.parent), result=result)

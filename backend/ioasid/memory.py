@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from functools import partial
 
-from backend.core import RW, Access
+from backend.core import FOREIGN, RW, Access
 
 from . import rows_memory as cmd
 from .checks import Checks, within_limits
@@ -162,9 +162,12 @@ class MemoryCommands(Checks):
 
     def _user_memory(self, command: Command, vaddr: int, size: int, access: Access) -> int:
         try:
-            return self.memory.hva(vaddr, size, access)
+            where = self.memory.hva(vaddr, size, access)
         except IoasidError as error:
             raise command.refuse(error.errno or 0, error.sentence) from error
+        if self.guest and where & FOREIGN:
+            raise command.refuse(errno.EPERM, f"vaddr {vaddr:#x} lies in a process of the host, where a guest has none")
+        return where
 
     def _pin(self, command: Command, size: int) -> None:
         if not self.pinned.room(size):

@@ -31,7 +31,7 @@ ALLOC = Command(
         "the format has",
         errno.ENOENT: UNKNOWN + " (the parent)",
         errno.ESRCH: "no process of this pid with memory of its own",
-        errno.EPERM: "the process may not be touched: ptrace(2) would be refused",
+        errno.EPERM: "the process may not be touched: ptrace(2) would be refused, or the context is a guest's",
         errno.EOPNOTSUPP: "no such kind, or the format is not offered for it",
         errno.ENOSPC: "the context has all the IOASIDs, the parent all the children or depth, "
         "or the engine all the tables and processes, it may have",

@@ -28,6 +28,23 @@ class UserMemory(Protocol):
         """The user's address for one of this process; None where it has none."""
 
 
+class NoMemory:
+    """The user is a guest: no address that it can name is one of the host's. What it maps are addresses of its VM's
+    memory, beneath an IOASID that stands for it."""
+
+    process = None
+
+    def hva(self, vaddr: int, size: int, access: Access) -> int:
+        """EPERM."""
+        raise IoasidError(
+            errno.EPERM, f"vaddr {vaddr:#x} + {size:#x}: a guest has no addresses of the host, map beneath kind vm"
+        )
+
+    def vaddr(self, hva: int) -> int | None:
+        """None."""
+        return None
+
+
 class OwnMemory:
     """The user is this process."""
 
