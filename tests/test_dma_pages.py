@@ -550,7 +550,7 @@ def test_reset_in_the_middle_of_a_wait(kernel: Kernel, process: Process, ring: R
         kernel.function.config.write(kernel.capability(0x10) + 8, 2, 0x8000)
     kernel.answer(groups[0], Code.SUCCESS)
     assert (ring.state, kernel.record(where).status) == (DISABLED, NONE)
-    assert kernel.reg("JOBS", 8) == 0
+    assert kernel.reg("JOBS", 8) == kernel.reg("PAGE_GROUPS", 8) == kernel.reg("PAGE_ANSWERS", 8) == 0
     assert kernel.interrupts == []
 
 

@@ -59,14 +59,17 @@ class PageDesk:
         self.groups = 0
         self.pages = 0
         self.answers = 0
+        self._period = 0
+        """How often the counters began anew."""
         self._running: set[object] = set()
         self._held: dict[object, int] = {}
         """Pages outstanding, by who asked; no zeros."""
         self._waiting: dict[PageWait, None] = {}
 
     def clear_counts(self) -> None:
-        """The counters begin anew; what is outstanding stays so."""
+        """The counters begin anew; what is outstanding stays so, and its answers are not counted."""
         self.groups = self.pages = self.answers = 0
+        self._period += 1
 
     def enter(self, user: object) -> None:
         """A user (a queue) runs: one credit is kept for it."""
@@ -111,8 +114,9 @@ class PageDesk:
         requests = self.usable
         if requests is None:
             return False
+        answer = partial(self._answered, wait, pages, self._period)
         self._hold(wait.user, len(pages))  # before: the answer may come within the call
-        if not requests.ask(pasid, [(page, access) for page in pages], partial(self._answered, wait, pages)):
+        if not requests.ask(pasid, [(page, access) for page in pages], answer):
             self._hold(wait.user, -len(pages))
             return False
         self.groups += 1
@@ -130,8 +134,8 @@ class PageDesk:
         """It waits for nothing any more."""
         self._waiting.pop(wait, None)
 
-    def _answered(self, wait: PageWait, pages: list[int], code: Code) -> None:
-        self.answers += 1
+    def _answered(self, wait: PageWait, pages: list[int], period: int, code: Code) -> None:
+        self.answers += period == self._period
         self._hold(wait.user, -len(pages))
         wait.answered(pages, code)
         waiting, self._waiting = self._waiting, {}
