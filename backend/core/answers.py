@@ -74,6 +74,10 @@ class Reason(IntEnum):
         lib.VIO_REASON_ATS_OFF,
         "The route serves neither translation requests nor requests with translated addresses (ATS).",
     )
+    WITHHELD = (
+        lib.VIO_REASON_WITHHELD,
+        "Another process's memory did not come in time: something keeps it (userfaultfd, a file system in user space).",
+    )
 
 
 @dataclass(frozen=True, slots=True)

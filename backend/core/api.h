@@ -27,6 +27,7 @@
 #define VIO_MAX_IOTLB 1048576
 #define VIO_MAX_PASIDS 65536
 #define VIO_FAULT_RING 1024
+#define VIO_MAX_PATIENCE 3600000000000
 
 /* Why a request was answered with a fault: one table for every format. */
 enum vio_reason {
@@ -48,6 +49,7 @@ enum vio_reason {
     VIO_REASON_UNSUPPORTED,    /* another process's memory: it takes no AtomicOps, and tables there are not walked */
     VIO_REASON_PASID_OFF,      /* said by the layers above: the function may not send this PASID */
     VIO_REASON_ATS_OFF,        /* the route serves neither translation requests nor what they translated */
+    VIO_REASON_WITHHELD,       /* another process's memory, which that process did not let come in time */
 };
 
 /* Status of every call: 0 done, 1 answered by a fault (vio_last_fault), negative: misuse by the caller. */
@@ -212,6 +214,7 @@ typedef struct {
 /* engine.c */
 int vio_engine_create(uint32_t iotlb_entries, vio_engine **out);
 void vio_engine_destroy(vio_engine *engine);
+int vio_patience(vio_engine *engine, uint64_t nanoseconds); /* with pages of other processes that do not come; a second */
 int vio_walk_caches(vio_engine *engine, int on); /* from the start: as the IOTLB is. Anew, they are empty */
 void vio_invalidate_all(vio_engine *engine);
 void vio_engine_counters(vio_engine *engine, vio_counters *out);

@@ -56,7 +56,7 @@ static int run_atomic(struct guard *guard, void *context)
     if (reason)
         return reason;
     if (IS_FOREIGN(request->hit.hva)) { /* no call of the kernel's reads, changes and writes another process's memory at once */
-        process_reason(request);
+        process_place(request);
         return VIO_REASON_UNSUPPORTED;
     }
     memory = (void *)(uintptr_t)request->hit.hva;

@@ -37,18 +37,25 @@ class Core(Requests):
         iotlb_entries: translations the IOTLB can hold, rounded up to a power of two; 0 switches it off.
         walk_caches: let walks remember tables they came by; what forgets IOTLB entries forgets them, too. None: if
             there is an IOTLB.
+        patience: seconds that a request waits for pages which another process withholds, before it ends in a fault
+            (WITHHELD); up to an hour. None: one second.
 
     Raises:
+        BadValueError: patience.
         LimitError: more than 2^20 entries.
         NoMemoryError: no memory for them.
     """
 
-    def __init__(self, *, iotlb_entries: int = 4096, walk_caches: bool | None = None) -> None:
+    def __init__(
+        self, *, iotlb_entries: int = 4096, walk_caches: bool | None = None, patience: float | None = None
+    ) -> None:
         self._native: Any = None
         out = ffi.new("vio_engine **")
         _check(lib.vio_engine_create(_number(iotlb_entries, MAX_IOASID, "iotlb_entries"), out))
         # Freed with the last reference: a call that another thread still has under way holds one.
         self._native = ffi.gc(out[0], lib.vio_engine_destroy)
+        if patience is not None:
+            _check(lib.vio_patience(self._native, _number(int(patience * 1e9), LAST_ADDRESS, "patience")))
         if walk_caches is not None and walk_caches != bool(iotlb_entries):
             _check(lib.vio_walk_caches(self._native, walk_caches))
 
@@ -77,6 +84,9 @@ class Core(Requests):
         by a fault: NOT_PRESENT, or PERMISSION at writes to what may be read; and everything by MEMORY_GONE once that
         address space is gone (exit, exec). AtomicOps work on this process's own memory alone, else they are
         UNSUPPORTED. A translation tells what is mapped there; whether a page is there is known once it is touched.
+
+        A page that the process withholds (userfaultfd, a file system in user space) keeps the request waiting, and
+        nobody else; after the core's `patience` it is answered by WITHHELD.
 
         Raises: ExistsError, LimitError.
         """

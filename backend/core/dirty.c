@@ -186,6 +186,7 @@ int vio_dirty_set(vio_engine *engine, uint32_t ioasid, int on)
         space->dirty = NULL;
     }
     engine_change_end(engine);
+    errands_end_space(engine, status ? NULL : space); /* what they write is not noted yet */
     return status;
 }
 
@@ -266,6 +267,7 @@ int vio_dirty_read(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t 
         free(keys);
     }
     gate_release(&engine->gate);
+    errands_end_space(engine, status ? NULL : space); /* noted here as written, and some not yet */
     return status;
 }
 
@@ -325,5 +327,6 @@ int vio_dirty_pass(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t 
         free(keys);
     }
     engine_change_end(engine);
+    errands_end_space(engine, status ? NULL : from);
     return status;
 }

@@ -34,6 +34,7 @@ struct list {
     const vio_segment *segments;
     uint64_t count;
     uint64_t segment, offset; /* where it stands */
+    uint64_t errand_segment, errand_offset; /* where the errand under way begins */
     uint8_t *buffer;
     const uint8_t *pattern; /* PATTERN_SIZE bytes, the pattern over and over; NULL: the buffer */
 };
@@ -62,6 +63,45 @@ static inline uint64_t page_rest(const struct request *request)
     return PAGE - request->hit.hva % PAGE;
 }
 
+static void settle_list(struct job *job)
+{
+    struct list *list = (struct list *)job;
+    uint64_t moved = job->errand->moved;
+
+    job->done += moved;
+    list->segment = list->errand_segment;
+    list->offset = list->errand_offset;
+    for (;;) {
+        uint64_t part = least(moved, list->segments[list->segment].length - list->offset);
+
+        moved -= part;
+        list->offset += part;
+        if (list->offset < list->segments[list->segment].length || list->segment == list->count - 1)
+            break;
+        list->segment++;
+        list->offset = 0;
+    }
+    job->request.iova = list->segments[list->segment].iova + list->offset;
+}
+
+/* The piece where the request stands, to be moved by an errand together with those that follow; true: no more fit. */
+static bool add_to_errand(struct list *list, uint64_t size)
+{
+    struct job *job = &list->job;
+    struct errand *errand = job->errand;
+    uint64_t at = job->done + errand->size, added;
+
+    if (!errand->pieces) {
+        list->errand_segment = list->segment;
+        list->errand_offset = list->offset;
+    }
+    added = errand_add(errand, &job->request,
+                       list->pattern ? (uint8_t *)(uintptr_t)list->pattern + at % PATTERN_PERIOD : list->buffer + at,
+                       size);
+    list->offset += added;
+    return added < size;
+}
+
 static int run_list(struct guard *guard, void *context)
 {
     struct list *list = context;
@@ -85,7 +125,7 @@ static int run_list(struct guard *guard, void *context)
         }
         if (segment->iova + (segment->length - 1) < segment->iova)
             return VIO_REASON_ADDRESS_WIDTH;
-        reason = request_translate(job, request, guard);
+        reason = job->errand->reason ? job_errand_reason(job, request, guard) : request_translate(job, request, guard);
         if (reason)
             return reason;
         memory = (void *)(uintptr_t)request->hit.hva;
@@ -96,17 +136,12 @@ static int run_list(struct guard *guard, void *context)
             size = least(size, PAGE);
         job->budget -= (int64_t)size + STEP_COST;
         if (IS_FOREIGN(request->hit.hva)) {
-            uint64_t moved;
-
-            memory = list->pattern ? (void *)(uintptr_t)(list->pattern + job->done % PATTERN_PERIOD)
-                                   : list->buffer + job->done;
-            reason = process_move(request, memory, size, &moved);
-            list->offset += moved;
-            job->done += moved;
-            if (reason)
-                return reason;
+            if (add_to_errand(list, size))
+                return 0;
             continue;
         }
+        if (job->errand->pieces) /* in their order */
+            return 0;
         prefetch_next(job, size);
         about_to_touch(request, guard, 0, size);
         if (request->need & VIO_WRITE) {
@@ -127,6 +162,7 @@ int vio_dma_scatter(vio_engine *engine, uint32_t rid, uint32_t pasid, const vio_
     struct list list = {
         .job = {.engine = engine,
                 .request = {.rid = rid, .pasid = pasid, .need = write ? VIO_WRITE : VIO_READ},
+                .settle = settle_list,
                 .in_parts = true,
                 .buffer = buffer},
         .segments = segments,
@@ -166,6 +202,7 @@ int vio_dma_fill(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova
     struct list list = {
         .job = {.engine = engine,
                 .request = {.rid = rid, .pasid = pasid, .need = VIO_WRITE, .iova = iova},
+                .settle = settle_list,
                 .in_parts = true},
         .segments = &segment,
         .count = 1,
@@ -185,9 +222,26 @@ struct copy {
     struct job job; /* its request reads */
     struct request write;
     uint64_t from, to, length;
+    bool down; /* from the end down */
+    /* Where one end, or each, is another process's memory: what was read, of the piece where the job stands, and not written. */
+    uint8_t *bounce;
+    uint64_t held, held_at;
+    uint64_t asked; /* of an errand */
 };
 
-#define BOUNCE 16384u
+#define BOUNCE 65536u /* bytes */
+
+/* The place of the byte of `request` to be moved next: the last one of its piece if that goes down. */
+static uint64_t copy_offset(const struct copy *copy)
+{
+    return copy->down ? copy->length - copy->job.done - 1 : copy->job.done;
+}
+
+static void place_copy(struct copy *copy)
+{
+    copy->job.request.iova = copy->from + copy_offset(copy);
+    copy->write.iova = copy->to + copy_offset(copy);
+}
 
 static void step_back(struct request *request, uint64_t bytes)
 {
@@ -196,43 +250,72 @@ static void step_back(struct request *request, uint64_t bytes)
     request->hit.gpa -= bytes;
 }
 
-/* A piece where one end, or each, is another process's memory: by way of a buffer. It begins `back` before. */
-static int copy_foreign(struct copy *copy, struct guard *guard, uint64_t back, uint64_t size)
+static void settle_copy(struct job *job)
+{
+    struct copy *copy = (struct copy *)job;
+    struct errand *errand = job->errand;
+    uint64_t moved = errand->moved;
+
+    if (copy->down && moved < copy->asked) /* it is in one page: all of it is moved, or again */
+        moved = 0;
+    if (errand->request == &job->request) {
+        copy->held = moved;
+        copy->held_at = 0;
+        if (moved)
+            errand->reason = 0; /* what was read is written, before it is told that the rest could not be */
+    } else {
+        copy->held -= moved;
+        copy->held_at += moved;
+        job->done += moved;
+    }
+    place_copy(copy);
+}
+
+/* Read a piece, which begins `back` before, into the buffer; by an errand if it must be. */
+static void read_piece(struct copy *copy, struct guard *guard, uint64_t back, uint64_t size)
 {
     struct job *job = &copy->job;
-    struct request *read = &job->request, *write = &copy->write;
-    uint8_t buffer[BOUNCE];
-    uint64_t moved = size;
-    int reason = 0, refused = 0;
+    struct request *read = job->at = &job->request;
 
+    size = least(size, BOUNCE);
     guard->buffer.size = 0;
-    job->at = read;
     if (IS_FOREIGN(read->hit.hva)) {
         step_back(read, back);
-        reason = process_move(read, buffer, size, &moved);
-    } else {
-        about_to_touch(read, guard, back, size);
-        memcpy(buffer, (const void *)(uintptr_t)(read->hit.hva - back), size);
+        copy->asked = errand_add(job->errand, read, copy->bounce, size);
+        return;
     }
-    if (!moved)
+    about_to_touch(read, guard, back, size);
+    memcpy(copy->bounce, (const void *)(uintptr_t)(read->hit.hva - back), size);
+    copy->held = size;
+    copy->held_at = 0;
+}
+
+/* Write what was read; 0 or a reason. */
+static int write_piece(struct copy *copy, struct guard *guard)
+{
+    struct job *job = &copy->job;
+    struct request *write = job->at = &copy->write;
+    uint64_t size = copy->held, back = copy->down ? size - 1 : 0;
+    int reason = job->errand->reason ? job_errand_reason(job, write, guard) : request_translate(job, write, guard);
+
+    if (reason)
         return reason;
-    size = moved; /* what could be read is written before it is told that the rest could not */
-    job->at = write;
+    size = copy->down ? size : least(size, write->hit.size);
     if (IS_FOREIGN(write->hit.hva)) {
         step_back(write, back);
-        refused = process_move(write, buffer, size, &moved);
-    } else {
-        guard_memory(guard, 0, 0);
-        guard->buffer.first = write->hit.hva - back;
-        guard->buffer.size = size;
-        __asm__ volatile("" ::: "memory");
-        dirty_mark(write->dirty, write->hit.gpa - back, size);
-        memcpy((void *)(uintptr_t)(write->hit.hva - back), buffer, size);
+        copy->asked = errand_add(job->errand, write, copy->bounce + copy->held_at, size);
+        return 0;
     }
-    job->done += moved;
-    if (!refused)
-        job->at = read;
-    return refused ? refused : reason;
+    guard_memory(guard, 0, 0);
+    guard->buffer.first = write->hit.hva - back;
+    guard->buffer.size = size;
+    __asm__ volatile("" ::: "memory");
+    dirty_mark(write->dirty, write->hit.gpa - back, size);
+    memcpy((void *)(uintptr_t)(write->hit.hva - back), copy->bounce + copy->held_at, size);
+    job->done += size;
+    copy->held -= size;
+    copy->held_at += size;
+    return 0;
 }
 
 /*
@@ -242,9 +325,8 @@ static int copy_foreign(struct copy *copy, struct guard *guard, uint64_t back, u
 static int run_copy(struct guard *guard, void *context)
 {
     struct copy *copy = context;
-    struct job *job = &copy->job;
+    struct job *job = context;
     struct request *read = job->at = &job->request, *write = &copy->write;
-    bool down = copy->to - copy->from < copy->length && copy->to != copy->from;
 
     if (copy->length && copy->from + (copy->length - 1) < copy->from)
         return VIO_REASON_ADDRESS_WIDTH;
@@ -252,20 +334,25 @@ static int run_copy(struct guard *guard, void *context)
     if (copy->length && copy->to + (copy->length - 1) < copy->to)
         return VIO_REASON_ADDRESS_WIDTH;
     while (job->done < copy->length) {
-        uint64_t size = copy->length - job->done, offset = down ? size - 1 : job->done;
+        uint64_t size = copy->length - job->done;
         uint64_t back = 0; /* from where we stand to where the piece begins */
         int reason;
 
-        read->iova = copy->from + offset;
-        write->iova = copy->to + offset;
+        place_copy(copy);
         if (must_pause(job))
             return JOB_PAUSED;
-        reason = request_translate(job, read, guard);
+        if (copy->held) {
+            reason = write_piece(copy, guard);
+            if (reason || job->errand->pieces)
+                return reason;
+            continue;
+        }
+        reason = job->errand->reason ? job_errand_reason(job, read, guard) : request_translate(job, read, guard);
         if (!reason)
             reason = request_translate(job, write, guard);
         if (reason)
             return reason;
-        if (down) {
+        if (copy->down) {
             size = least(size, least(read->hit.hva % PAGE, write->hit.hva % PAGE) + 1);
             back = size - 1;
         } else {
@@ -275,9 +362,9 @@ static int run_copy(struct guard *guard, void *context)
         }
         job->budget -= (int64_t)size + 2 * STEP_COST;
         if (IS_FOREIGN(read->hit.hva | write->hit.hva)) {
-            reason = copy_foreign(copy, guard, back, least(size, BOUNCE));
-            if (reason)
-                return reason;
+            read_piece(copy, guard, back, size);
+            if (job->errand->pieces)
+                return 0;
             continue;
         }
         guard->buffer.first = write->hit.hva - back;
@@ -293,15 +380,19 @@ static int run_copy(struct guard *guard, void *context)
 int vio_dma_copy(vio_engine *engine, uint32_t from_rid, uint32_t from_pasid, uint64_t from, uint32_t to_rid,
                  uint32_t to_pasid, uint64_t to, uint64_t length)
 {
+    uint8_t bounce[BOUNCE]; /* its pages are touched only where it is used */
     struct copy copy = {
         .job = {.engine = engine,
                 .request = {.rid = from_rid, .pasid = from_pasid, .need = VIO_READ, .iova = from},
                 .second = &copy.write,
+                .settle = settle_copy,
                 .in_parts = true},
         .write = {.rid = to_rid, .pasid = to_pasid, .need = VIO_WRITE, .iova = to},
         .from = from,
         .to = to,
         .length = length,
+        .down = to - from < length && to != from,
+        .bounce = bounce,
     };
 
     return job_run(&copy.job, run_copy);
@@ -313,20 +404,30 @@ struct single {
     unsigned width;
 };
 
+static void settle_single(struct job *job)
+{
+    job->done = job->errand->moved;
+}
+
 static int run_single(struct guard *guard, void *context)
 {
     struct single *single = context;
     struct request *request = &single->job.request;
+    struct errand *errand = single->job.errand;
     void *memory;
     int reason;
 
+    if (single->job.done)
+        return 0;
     if (request->iova % single->width) /* aligned, it lies in one page and is one access of the CPU */
         return VIO_REASON_MISALIGNED;
-    reason = request_translate(&single->job, request, guard);
+    reason = errand->reason ? job_errand_reason(&single->job, request, guard)
+                            : request_translate(&single->job, request, guard);
     if (reason)
         return reason;
     if (IS_FOREIGN(request->hit.hva)) { /* the kernel copies an aligned word as one, on the machines that we know of */
-        return process_move(request, &single->value, single->width, &single->job.done);
+        errand_add(errand, request, &single->value, single->width);
+        return 0;
     }
     memory = (void *)(uintptr_t)request->hit.hva;
     about_to_touch(request, guard, 0, single->width);
@@ -354,7 +455,9 @@ static int run_single(struct guard *guard, void *context)
 int vio_store(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t value, uint32_t width)
 {
     struct single single = {
-        .job = {.engine = engine, .request = {.rid = rid, .pasid = pasid, .need = VIO_WRITE, .iova = iova}},
+        .job = {.engine = engine,
+                .request = {.rid = rid, .pasid = pasid, .need = VIO_WRITE, .iova = iova},
+                .settle = settle_single},
         .value = value,
         .width = width,
     };
@@ -367,7 +470,9 @@ int vio_store(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, u
 int vio_load(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t width, uint64_t *out)
 {
     struct single single = {
-        .job = {.engine = engine, .request = {.rid = rid, .pasid = pasid, .need = VIO_READ, .iova = iova}},
+        .job = {.engine = engine,
+                .request = {.rid = rid, .pasid = pasid, .need = VIO_READ, .iova = iova},
+                .settle = settle_single},
         .width = width,
     };
     int status;

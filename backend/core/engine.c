@@ -51,6 +51,7 @@ int vio_engine_create(uint32_t iotlb_entries, vio_engine **out)
     }
     pool_init(&engine->pool);
     gate_init(&engine->gate);
+    errands_init(&engine->errands);
     status = vio_walk_caches(engine, iotlb_entries != 0);
     if (status) {
         vio_engine_destroy(engine);
@@ -81,6 +82,7 @@ void vio_engine_destroy(vio_engine *engine)
     free(engine->of_rid);
     fault_ring_deinit(&engine->faults);
     pool_deinit(&engine->pool);
+    errands_deinit(&engine->errands);
     gate_deinit(&engine->gate);
     free(engine);
 }
@@ -106,6 +108,7 @@ void vio_invalidate_all(vio_engine *engine)
     engine_change_begin(engine);
     iotlb_forget(&engine->iotlb, &engine->iotlb.all);
     engine_change_end(engine);
+    errands_end_all(engine);
 }
 
 const struct pt_format *const pt_formats[PT_FORMATS] = {

@@ -13,6 +13,7 @@
 #include <stdbool.h>
 
 #include "dirty.h"
+#include "errand.h"
 #include "faults.h"
 #include "formats/formats.h"
 #include "gate.h"
@@ -108,6 +109,7 @@ struct vio_engine {
         size_t count;
         uint64_t serial; /* of the PASID table bound last */
     } pasids; /* that requests found */
+    struct errands errands;
     struct fault_ring faults;
     vio_counters counters;
 };

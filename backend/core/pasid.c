@@ -268,6 +268,7 @@ int vio_pasid_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_pa
         pasid_table_free(engine, table);
     }
     engine_change_end(engine);
+    errands_end_space(engine, status ? NULL : space);
     return status;
 }
 
@@ -293,5 +294,6 @@ int vio_pasid_invalidate(vio_engine *engine, uint32_t ioasid, uint32_t pasid, ui
         iotlb_forget_range(&engine->iotlb, &found->space.scope, first, last);
     }
     engine_change_end(engine);
+    errands_end_space(engine, status ? NULL : space);
     return status;
 }

@@ -32,7 +32,7 @@ int vio_process_hold(uint32_t pid, int pagemap, vio_process **out)
     return VIO_OK;
 }
 
-static vio_process *hold(vio_process *process)
+vio_process *process_hold(vio_process *process)
 {
     __atomic_fetch_add(&process->holders, 1, __ATOMIC_RELAXED);
     return process;
@@ -55,7 +55,7 @@ int vio_space_create_process(vio_engine *engine, uint32_t ioasid, vio_process *p
     status = space_add(engine, ioasid, &space);
     if (!status) {
         space->format = -1;
-        space->process = hold(process);
+        space->process = process_hold(process);
         space->walk = walk_process;
         iotlb_scope_begin(&engine->iotlb, &space->scope, NULL);
     }
@@ -73,7 +73,7 @@ int vio_space_lend_process(vio_engine *engine, uint32_t ioasid, vio_process *pro
     if (space)
         status = !space_has_table(space) ? VIO_ERR_KIND : space->process ? VIO_ERR_EXISTS : VIO_OK;
     if (!status)
-        space->process = hold(process);
+        space->process = process_hold(process);
     engine_change_end(engine);
     return status;
 }
@@ -93,97 +93,39 @@ int walk_process(const struct space *space, struct guard *guard, struct walk *wa
 }
 
 /* Does the address space that the space was made for still live? A word is 8 bytes: asked for less, it answers so. */
-static bool alive(const vio_process *process)
+bool process_alive(const vio_process *process)
 {
     char byte;
 
     return pread(process->pagemap, &byte, sizeof byte, 0) != 0;
 }
 
-/* Of the space that translated, or of the host-managed one beneath it. */
-static const vio_process *process_of(const struct request *request)
+vio_process *process_of(const struct request *request)
 {
     return space_bottom(request->space)->process;
 }
 
-static ssize_t transfer(const vio_process *process, uint64_t address, void *buffer, uint64_t size, bool write)
+void process_place(struct request *request)
 {
-    struct iovec local = {buffer, size}, remote = {(void *)(uintptr_t)address, size};
-
-    return write ? process_vm_writev(process->pid, &local, 1, &remote, 1, 0)
-                 : process_vm_readv(process->pid, &local, 1, &remote, 1, 0);
-}
-
-int process_reason(struct request *request)
-{
-    const vio_process *process = process_of(request);
     struct walk *walk = &request->walk;
-    char byte;
 
     walk->stage = request->space->walk == walk_process ? 1 : 2;
     walk->level = 0;
     walk->entry = 0;
     walk->has_gpa = walk->stage == 2;
     walk->fault_gpa = request->hit.gpa;
-    if (!alive(process))
-        return VIO_REASON_MEMORY_GONE;
-    if (!(request->need & VIO_WRITE))
-        return VIO_REASON_NOT_PRESENT;
+}
+
+int process_own_reason(struct request *request)
+{
+    char byte;
+    struct iovec here = {&byte, 1}, there = {(void *)(uintptr_t)request->hit.hva, 1};
+
+    process_place(request);
     /* As a processor's table would have it: what may not be read either is not present. */
-    return transfer(process, request->hit.hva & ~VIO_FOREIGN, &byte, 1, false) == 1 ? VIO_REASON_PERMISSION
-                                                                                    : VIO_REASON_NOT_PRESENT;
-}
-
-/* The caller's buffer may be a mapped file, truncated by now: touched here, that is the guard's to tell. */
-static void touch(const volatile char *buffer, uint64_t size)
-{
-    for (uint64_t at = 0; at < size; at += PAGE - (uintptr_t)(buffer + at) % PAGE)
-        (void)buffer[at];
-}
-
-/* The request stands so many bytes further on. */
-static void advance(struct request *request, uint64_t bytes)
-{
-    request->iova += bytes;
-    request->hit.hva += bytes;
-    request->hit.gpa += bytes;
-}
-
-int process_move(struct request *request, void *buffer, uint64_t size, uint64_t *moved)
-{
-    const vio_process *process = process_of(request);
-    uint64_t start = request->hit.hva & ~VIO_FOREIGN, done = 0, ask = size;
-    bool write = request->need & VIO_WRITE;
-
-    *moved = 0;
-    if (write) {
-        if (!alive(process))
-            return process_reason(request);
-        dirty_mark(request->dirty, request->hit.gpa, size);
-    }
-    while (done < size) {
-        ssize_t got = transfer(process, start + done, (char *)buffer + done, ask, write);
-        uint64_t page = PAGE - (start + done) % PAGE;
-
-        if (got > 0) {
-            done += (uint64_t)got;
-            ask = size - done;
-        } else if (got < 0 && errno != EFAULT) { /* it ended (ESRCH), or became another user's (EPERM) */
-            process_reason(request);
-            return VIO_REASON_MEMORY_GONE;
-        } else if (ask > page) { /* how much is moved before a page that cannot be is the kernel's choice */
-            ask = page;
-        } else {
-            touch((char *)buffer + done, ask);
-            *moved = done;
-            advance(request, done);
-            return process_reason(request);
-        }
-    }
-    if (!write && !alive(process)) /* it may have been another process that was read: nothing of it counts */
-        return process_reason(request);
-    *moved = done;
-    return 0;
+    return (request->need & VIO_WRITE) && process_vm_readv(getpid(), &here, 1, &there, 1, 0) == 1
+               ? VIO_REASON_PERMISSION
+               : VIO_REASON_NOT_PRESENT;
 }
 
 /* The next line of /proc/PID/maps (proc(5)); a path may be longer than what we look at. */
@@ -217,7 +159,7 @@ int process_look(struct request *request)
                (rights[2] == 'x' ? VIO_EXECUTE : 0u);
     request->walk.stage = 1;
     request->walk.has_gpa = false;
-    if (!alive(process))
+    if (!process_alive(process))
         return VIO_REASON_MEMORY_GONE;
     if (!perm)
         return VIO_REASON_NOT_PRESENT;

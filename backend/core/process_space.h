@@ -4,8 +4,8 @@
  * A space can stand for a process's address space: then translation is the identity, without a table of ours. Or a table
  * of ours leads to addresses of a process that was lent to its space. An address of another process's has VIO_FOREIGN
  * set, from the leaf to the IOTLB and the copy, and is touched by process_vm_readv(2) and process_vm_writev(2), for which
- * the kernel faults pages in and checks what they permit and whether we may touch that process at all. This process's own
- * is touched plainly, under the guard.
+ * the kernel faults pages in and checks what they permit and whether we may touch that process at all: on an errand, as
+ * that can take as long as the other process likes. This process's own is touched plainly, under the guard.
  *
  * Those calls name a process by its pid, which may be another's by then. So a space holds /proc/PID/pagemap, which is
  * bound to the address space (struct mm_struct) itself: once that is gone, by exit or by exec, it reads as empty. It is
@@ -34,17 +34,19 @@ struct vio_process {
 /* The walker of spaces that stand for a process. */
 int walk_process(const struct space *space, struct guard *guard, struct walk *walk);
 
-/* Is what the request was translated to another process's? Then its bytes are moved by process_move. */
+/* Is what the request was translated to another process's? Then its bytes are moved by an errand (errand.h). */
 #define IS_FOREIGN(address) __builtin_expect(((address) & VIO_FOREIGN) != 0, 0)
 
-/*
- * Move `size` bytes, at most JOB_BUDGET, between `buffer` and request->hit of another process. The count moved in
- * *moved; 0, or the reason why it ends there, request->iova and the walk telling where.
- */
-int process_move(struct request *request, void *buffer, uint64_t size, uint64_t *moved);
+/* The process whose memory the request was translated to. */
+struct vio_process *process_of(const struct request *request);
+struct vio_process *process_hold(struct vio_process *process);
+/* Does the address space live that was held? */
+bool process_alive(const struct vio_process *process);
 
-/* Why a process could not be touched at request->hit; the walk tells where. */
-int process_reason(struct request *request);
+/* Tell in the walk that request->hit, which a process has, is where the request ends. */
+void process_place(struct request *request);
+/* Why our own memory could not be touched at request->hit, and its place. */
+int process_own_reason(struct request *request);
 
 /* What is mapped at request->iova, without touching it: narrow request->hit to it; 0, or a reason. */
 int process_look(struct request *request);

@@ -156,7 +156,7 @@ static int run_guarded(struct job *job, job_body body)
         if (job->second) /* both ends are guest memory, the second one in the buffer's window */
             job->at = lost == GUARD_BUFFER ? job->second : &job->request;
         if (job->at->space->walk == walk_process)
-            return process_reason(job->at);
+            return process_own_reason(job->at);
         walk = &job->at->walk;
         walk->stage = 2;
         walk->level = 0;
@@ -246,13 +246,26 @@ static int run_pasid_read(struct guard *guard, void *context)
     return pasid_read(request->space, request->pasid, guard, &request->walk, job->found);
 }
 
+int job_errand_reason(struct job *job, struct request *request, struct guard *guard)
+{
+    int reason = request_translate(job, request, guard);
+
+    if (reason)
+        return reason;
+    reason = errand_reason(job->errand, request);
+    return IS_FOREIGN(request->hit.hva) ? reason : 0;
+}
+
 int job_run(struct job *job, job_body body)
 {
     struct pasid_found found;
+    struct errand errand;
     unsigned reads = 0;
     bool missed;
     int reason;
 
+    errand_init(&errand);
+    job->errand = &errand;
     job->found = &found;
     job->budget = job_budget;
     for (;;) {
@@ -267,6 +280,11 @@ int job_run(struct job *job, job_body body)
             reason = reads++ < PASID_READS ? run_guarded(job, run_pasid_read) : VIO_REASON_ENTRY_CHANGED;
         else if (!reason)
             reason = run_guarded(job, body);
+        if (errand.pieces) { /* whatever else it came to, it will again */
+            errand_run(job->engine, &errand);
+            job->settle(job);
+            continue;
+        }
         if (reason != JOB_PAUSED && !(unread && !reason))
             break;
         gate_leave(&job->engine->gate);

@@ -53,6 +53,8 @@ struct job {
     bool in_parts; /* it moves what can be moved by pages, so that a loss in the middle can be found */
     bool by_pages; /* memory was lost: go on page by page, to know how many bytes are done */
     struct pasid_found *found; /* read in a PASID table */
+    struct errand *errand;     /* what the body wants done in another process's memory, and what came of it */
+    void (*settle)(struct job *job); /* after an errand, the gate left: go on behind what it moved */
     const void *buffer; /* the caller's, which may be a mapped file and go away */
     uint64_t buffer_size;
 };
@@ -61,9 +63,13 @@ typedef int (*job_body)(struct guard *guard, void *job); /* 0, a reason, or JOB_
 
 /*
  * Run a job: a vio_status, the fault in vio_last_fault and in the ring. The body is called with all routes known; after
- * JOB_PAUSED it is called again, and after a loss of memory if the job is in parts.
+ * JOB_PAUSED it is called again, after an errand whatever it had returned, and after a loss of memory if the job is in
+ * parts.
  */
 int job_run(struct job *job, job_body body);
+
+/* After an errand with a reason, in the body: that, if the request still leads there, or why not; 0: go on. */
+int job_errand_reason(struct job *job, struct request *request, struct guard *guard);
 
 /* Look the route up: 0, or why its requests go nowhere. Nothing is counted. */
 int request_route(struct vio_engine *engine, struct request *request);

@@ -92,6 +92,7 @@ int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t 
         space->routes++;
     }
     engine_change_end(engine);
+    errands_end_route(engine, rid, pasid);
     return status;
 }
 
@@ -109,6 +110,7 @@ int vio_route_block(vio_engine *engine, uint32_t rid, uint32_t pasid)
         route->blocked = true;
     }
     engine_change_end(engine);
+    errands_end_route(engine, rid, pasid);
     return status;
 }
 
@@ -129,6 +131,7 @@ int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid)
         status = VIO_OK;
     }
     engine_change_end(engine);
+    errands_end_route(engine, rid, pasid);
     return status;
 }
 
@@ -141,6 +144,7 @@ int vio_invalidate_device(vio_engine *engine, uint32_t rid)
         if (route->space)
             iotlb_forget(&engine->iotlb, &route->space->scope);
     engine_change_end(engine);
+    errands_end_device(engine, rid);
     return VIO_OK;
 }
 

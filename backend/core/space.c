@@ -121,6 +121,7 @@ int vio_space_destroy(vio_engine *engine, uint32_t ioasid)
         }
     }
     engine_change_end(engine);
+    errands_end_space(engine, status ? NULL : space);
     return status;
 }
 
@@ -214,6 +215,7 @@ int vio_space_unmap(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t
     if (!status)
         change_dirty(&stint, false);
     gate_release(&engine->gate);
+    errands_end_space(engine, status ? NULL : stint.space);
     return status;
 }
 
@@ -229,6 +231,7 @@ int vio_space_protect(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64
     if (!status)
         status = host_table_protect(&engine->pool, stint.space->format, &stint.space->table, access, &stint);
     gate_release(&engine->gate);
+    errands_end_space(engine, status ? NULL : stint.space);
     return status;
 }
 
@@ -258,6 +261,7 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_ta
         }
     }
     engine_change_end(engine);
+    errands_end_space(engine, status ? NULL : space);
     return status;
 }
 
@@ -278,6 +282,7 @@ int vio_space_unbind(vio_engine *engine, uint32_t ioasid)
         }
     }
     engine_change_end(engine);
+    errands_end_space(engine, status ? NULL : space);
     return status;
 }
 
@@ -297,6 +302,7 @@ int vio_space_invalidate(vio_engine *engine, uint32_t ioasid, uint64_t first, ui
             iotlb_forget_below(&engine->iotlb, &space->scope);
     }
     engine_change_end(engine);
+    errands_end_space(engine, status ? NULL : space);
     return status;
 }
 
