@@ -344,8 +344,8 @@ def test_helpers_go_with_the_thread_that_made_them(patient: Stage) -> None:
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_a_file_in_user_space(stage: Stage, tmp_path: Path, one_by_one: bool) -> None:
-    """Without reading ahead the kernel waits for FUSE's answer, which nothing but it ends: such a helper is left behind,
-    and goes when the answer comes."""
+    """Without reading ahead the kernel waits for FUSE's answer, which nothing else ends: such a helper is left behind, and
+    goes when the answer comes."""
     core, child = stage.core, stage.child
     at = child.fuse(tmp_path, one_by_one=one_by_one)
     assert facts(core.dma_read(RID, at + 5, 2 * PAGE)) == (Reason.WITHHELD, at + 5, 0)
