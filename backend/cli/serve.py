@@ -170,13 +170,13 @@ def _say_ready(
         }
         print(json.dumps(ready), flush=True)
         return
-    places = ", ".join(f"those of {name} at {bar:#x}" for name, bar in placement.bars.items())
-    ports = "; the buses behind its root ports must be those of our run as well" if machine.ports else ""
+    places = " and ".join(f"of {name} at {bar:#x}" for name, bar in placement.bars.items())
+    ports = ", and the buses behind root ports as in ours" if machine.ports else ""
     print(
         f"# {machine.name} is served. Give your QEMU (10.1 or newer, with vfio-user-pci) these arguments:\n"
         f"{shlex.join(arguments)}\n"
-        f"# and the kernel line intremap=off. The IVRS says that the firmware puts the IOMMU's registers, {places},\n"
-        f"# where QEMU {parts.qemu.version} does with this memory{ports};\n"
+        f"# and the kernel line intremap=off. The IVRS says that the firmware puts the registers {places},\n"
+        f"# as QEMU {parts.qemu.version} does with this memory{ports};\n"
         "# if yours puts them elsewhere (info pci), start again with --bar NAME=ADDRESS.\n"
         "# A whole line that runs: vioasid boot --dry-run\n"
         f"# To look into it meanwhile: vioasid spaces --socket {shlex.quote(str(control))}\n"
