@@ -2,7 +2,18 @@
 
 import pytest
 
-from backend.pci import Bar, Msi, Msix, PciExpress, PciFunction, PciIds, Register, RegisterTable, ResetKind
+from backend.pci import (
+    Bar,
+    Msi,
+    Msix,
+    PciExpress,
+    PciFunction,
+    PciIds,
+    PowerManagement,
+    Register,
+    RegisterTable,
+    ResetKind,
+)
 
 COMMAND, BUS_MASTER = 0x04, 4
 MSI, MSIX = 0x05, 0x11
@@ -53,6 +64,25 @@ def test_an_interrupt_needs_enable_and_bus_master() -> None:
     assert line.vectors == [0]
     function.config.write(COMMAND, 1, BUS_MASTER)
     assert line.vectors == [0, 0]  # a vector pends once, however often it was raised
+
+
+def test_a_function_that_sleeps_sends_nothing() -> None:
+    """D3hot: no requests and no interrupts until it is in D0 again (PM 1.2, 5.4.1)."""
+    function = PciFunction(name="sleepy", ids=PciIds(1, 2), capabilities=[PowerManagement(), Msi()])
+    line = Line(function)
+    power = function.config.find(0x01)
+    assert power is not None
+    enable(function, MSI, 1)
+    function.config.write(COMMAND, 2, BUS_MASTER)
+    function.config.write(power + 4, 2, 3)
+    function.interrupt()
+    assert (function.bus_master, line.vectors) == (False, [])
+    function.config.write(power + 4, 1, 0)
+    assert (function.bus_master, line.vectors) == (True, [0])
+    function.config.write(power + 4, 2, 3)
+    function.reset(ResetKind.DEVICE)
+    function.config.write(COMMAND, 2, BUS_MASTER)
+    assert function.bus_master
 
 
 def test_a_forced_bus_master_interrupts_without_the_guests_leave() -> None:
@@ -184,4 +214,4 @@ def test_a_bar_without_registers_reads_as_zero() -> None:
 
 def test_no_memory_without_a_port() -> None:
     with pytest.raises(RuntimeError, match="made: no DMA port is connected"):
-        made().dma_read(0, 16)
+        _ = made().dma

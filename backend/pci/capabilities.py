@@ -12,6 +12,8 @@ from typing import ClassVar
 
 from backend.pci.registers import Register
 
+PMCSR = 4
+PMCSR_STATE = 0x3
 MSI_ENABLE = 1 << 0
 MSI_64BIT = 1 << 7
 MSI_PER_VECTOR_MASK = 1 << 8
@@ -51,7 +53,7 @@ class PowerManagement(Capability):
         """PMC says version 3; PMCSR carries the power state and No_Soft_Reset."""
         return (
             Register("PMC", 2, 2, reset=3, ro=0xFFFF, section="PM 1.2, 3.2.3"),
-            Register("PMCSR", 4, 2, reset=1 << 3, ro=1 << 3, rw=0x3, section="PM 1.2, 3.2.4"),
+            Register("PMCSR", PMCSR, 2, reset=1 << 3, ro=1 << 3, rw=PMCSR_STATE, section="PM 1.2, 3.2.4"),
         )
 
 

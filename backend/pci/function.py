@@ -10,12 +10,15 @@ from backend.pci.ats_control import Announce, AtsControl
 from backend.pci.bars import Bar
 from backend.pci.capabilities import (
     EXP_DEVCTL_FLR,
+    PMCSR,
+    PMCSR_STATE,
     Ats,
     Capability,
     Msi,
     Msix,
     Pasid,
     PciExpress,
+    PowerManagement,
     Pri,
 )
 from backend.pci.config_space import COMMAND, COMMAND_BUS_MASTER, ConfigSpace
@@ -27,9 +30,6 @@ from backend.pci.page_requests import PageRequests, Send
 from backend.pci.pasid_control import PasidControl
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
-
-    from backend.core import Fault
     from backend.pci.dma import DmaPort, FunctionPort
 
 C = TypeVar("C", bound=Capability)
@@ -67,6 +67,7 @@ class PciFunction:
         self.bars: Mapping[int, Bar] = dict(bars or {})
         self.rid = 0
         self.config = ConfigSpace(ids, self.bars, capabilities, force_bus_master=force_bus_master)
+        self._pm_offset = self.config.find(PowerManagement.id) or 0
         self._bus_master = self._may_master()
         self._dma: DmaPort | None = None
         self._memory: DeviceMemory | None = None
@@ -83,7 +84,9 @@ class PciFunction:
         """What was raised and could not be sent yet, and where it goes."""
         self._pba = (self._msix.pba_bar, self._msix.pba_offset, self._msix.pba_end) if self._msix else (-1, 0, 0)
         self._exp_offset = self.config.find(PciExpress.id) or 0
-        self.config.on_write(COMMAND, 2, self._command_written)
+        self.config.on_write(COMMAND, 2, self._mastering_written)
+        if self._pm_offset:
+            self.config.on_write(self._pm_offset + PMCSR, 2, self._mastering_written)
         if any(item.flr for item in capabilities if isinstance(item, PciExpress)):
             self.config.on_write(self._exp_offset + 8, 2, self._device_control_written)
 
@@ -124,17 +127,10 @@ class PciFunction:
         if self.page_requests is not None:
             self.page_requests.connect(send)
 
-    def dma_read(self, iova: int, length: int, pasid: int | None = None) -> bytes | Fault:
-        """`length` bytes from `iova`, or the fault."""
-        return self.dma.read(iova, length, pasid)
-
-    def dma_write(self, iova: int, data: ReadableBuffer, pasid: int | None = None) -> Fault | None:
-        """Write `data` at `iova`; the fault if there was one."""
-        return self.dma.write(iova, data, pasid)
-
     @property
     def bus_master(self) -> bool:
-        """Whether the guest lets the function send requests, DMA and MSI alike (command register, bit 2)."""
+        """Whether the guest lets the function send requests and interrupts: the command register's bit 2 (PCI 3.0,
+        6.2.2), in power state D0 (PM 1.2, 5.4)."""
         return self._bus_master
 
     # BARs
@@ -196,9 +192,10 @@ class PciFunction:
                 raise ValueError(f"{self.name}: the MSI-X {what} ends at {end:#x} of BAR{bar}, which is smaller")
 
     def _may_master(self) -> bool:
-        return bool(self.config.read(COMMAND, 2) & COMMAND_BUS_MASTER)
+        awake = not self._pm_offset or not self.config.read(self._pm_offset + PMCSR, 2) & PMCSR_STATE
+        return awake and bool(self.config.read(COMMAND, 2) & COMMAND_BUS_MASTER)
 
-    def _command_written(self) -> None:
+    def _mastering_written(self) -> None:
         self._bus_master = self._may_master()
         self.interrupts.deliver_pending()
         self._may_send_changed()
