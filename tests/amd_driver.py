@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from guest_ram import PAGE, Ram
 
 from backend.core import Access, Fault, Reason
-from backend.ioasid import Engine
+from backend.ioasid import BEHIND_X86, Engine
 from backend.viommu.amd import AmdIommu
 
 IOMMU = 0x0010  # 00:02.0
@@ -462,7 +462,7 @@ class Vm(Driver):
         self.second = self.engine.devices[SECOND].port
 
     def add_device(self, rid: int, name: str) -> None:
-        self.engine.add_device(rid, name)
+        self.engine.add_device(rid, name, BEHIND_X86)
         self.context.bind_device(rid)
 
     def make_iommu(self, rid: int, endpoints: list[int]) -> AmdIommu:

@@ -263,7 +263,9 @@ class TestDeviceTableEntry:
     @pytest.mark.parametrize("mode", range(1, 7))
     def test_translation(self, mode: int) -> None:
         raw = entry(3 | mode << 9 | self.ROOT | READ, 0xFFFE)
-        assert judge(raw, 0x40, EFR) == Verdict(Decision.TRANSLATE, 0x40, Access.READ, 0xFFFE, self.ROOT, mode)
+        assert judge(raw, 0x40, EFR) == Verdict(
+            Decision.TRANSLATE, 0x40, Access.READ, 0xFFFE, self.ROOT, mode, valid=True
+        )
 
     @pytest.mark.parametrize(
         ("low", "access"),

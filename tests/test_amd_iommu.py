@@ -88,6 +88,8 @@ class TestRegisters:
             0x00: 0x000F_FFFF_FFFF_F1FF,
             0x08: 0x0F0F_FFFF_FFFF_F000,
             0x10: 0x0F0F_FFFF_FFFF_F000,
+            0x20: 0x000F_FFFF_FFFF_F003,
+            0x28: 0x000F_FFFF_FFFF_F000,
             0x38: 0x0F0F_FFFF_FFFF_F000,
             0x2000: 0x7FFF0,
             0x2008: 0x7FFF0,

@@ -93,6 +93,7 @@ MORE: list[tuple[str, int, str, Callable[[Context], object]]] = [
     ("UNBIND_IOASID_FD", errno.ENODEV, "0x0777", lambda c: c.unbind_device(0x777)),
     ("ATTACH_IOASID", errno.EADDRINUSE, "reserves", lambda c: c.attach(DEV2, 1, pasid=None)),
     ("ATTACH_IOASID", errno.EINVAL, "not bound to this", lambda c: c.attach(0x50, 1)),
+    ("ATTACH_IOASID", errno.EOVERFLOW, "2\\^64", lambda c: c.attach(DEV2, 4, direct_iova=TOP, direct_size=2 * PAGE)),
     ("ATTACH_IOASID", errno.EINVAL, "physical|not shown", lambda c: c.attach(DEV2, 4, pasid=1)),
     ("DETACH_IOASID", errno.EINVAL, "and not both", lambda c: c.detach(DEV1, pasid=1, vpasid=1)),
     ("DETACH_IOASID", errno.EBUSY, "detach it first", _detach_beneath_a_pasid),

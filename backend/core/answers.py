@@ -78,6 +78,10 @@ class Reason(IntEnum):
         lib.VIO_REASON_WITHHELD,
         "Another process's memory did not come in time: something keeps it (userfaultfd, a file system in user space).",
     )
+    RESERVED_RANGE = (
+        lib.VIO_REASON_RESERVED_RANGE,
+        "Requests of the device to that address never reach memory: on x86 they are interrupts.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ enum vio_reason {
     VIO_REASON_PASID_OFF,      /* said by the layers above: the function may not send this PASID */
     VIO_REASON_ATS_OFF,        /* the route serves neither translation requests nor what they translated */
     VIO_REASON_WITHHELD,       /* another process's memory, which that process did not let come in time */
+    VIO_REASON_RESERVED_RANGE, /* the device's requests to that address never reach memory (x86: interrupts) */
 };
 
 /* Status of every call: 0 done, 1 answered by a fault (vio_last_fault), negative: misuse by the caller. */
@@ -260,6 +261,18 @@ int vio_dirty_pass(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t 
                    int clear);
 int vio_dirty_read(vio_engine *engine, uint32_t ioasid, uint64_t iova, uint64_t size, uint32_t page_lg2, int clear,
                    uint8_t *bitmap);
+
+/*
+ * window.c: addresses [first, last] that requests of a device without a PASID do not find translated by the space of
+ * their route: they go as they are to the host-managed space underneath, `ioasid`, or nowhere (0). They last until the
+ * route is attached anew. A request that reaches into a window is in parts, as if a page ended there.
+ */
+#define VIO_WINDOWS 32 /* more than the windows that any machine's devices have: the bound on what a route can hold */
+typedef struct {
+    uint64_t first, last;
+    uint32_t ioasid;
+} vio_window;
+int vio_route_windows(vio_engine *engine, uint32_t rid, const vio_window *windows, uint32_t count);
 
 /* route.c; access: of VIO_READ, VIO_WRITE and VIO_ATS */
 int vio_route_attach(vio_engine *engine, uint32_t rid, uint32_t pasid, uint32_t ioasid, uint32_t access);

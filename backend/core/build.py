@@ -8,7 +8,8 @@ HERE = Path(__file__).resolve().parent
 SOURCES = (
     "gate", "guard", "index", "pool", "iotlb", "engine", "walk", "host_table", "dirty", "space", "process_space",
     "helper", "errand",
-    "pasid", "route", "faults", "request", "dma", "ats", "ats_missing", "atomic", "batch", "guest_table", "lookup",
+    "pasid", "route", "faults", "request", "dma", "ats", "ats_missing", "window", "atomic", "batch", "guest_table",
+    "lookup",
 )  # fmt: skip
 FLAGS = ("-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread")
 

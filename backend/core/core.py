@@ -7,6 +7,7 @@ wait for the piece of each request that is under way, requests for the piece of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from backend.core._native import ffi, lib
@@ -293,6 +294,15 @@ class Core(Requests):
         """
         rights = _small(access) | (lib.VIO_ATS if ats else 0)
         _check(lib.vio_route_attach(self._engine, _small(rid), _route_pasid(pasid), _id(ioasid), rights), ioasid)
+
+    def set_windows(self, rid: int, windows: Sequence[tuple[int, int, int | None]]) -> None:
+        """Addresses (first, last, space) that requests of a device without a PASID do not find translated where they
+        are attached: they go as they are to that host-managed space underneath or, with None, nowhere (RESERVED_RANGE).
+
+        They last until the device is attached anew. Raises: UnknownIdError, BadValueError, KindError, LimitError (32).
+        """
+        table = [(first, last, 0 if space is None else _id(space)) for first, last, space in windows]
+        _check(lib.vio_route_windows(self._engine, _small(rid), ffi.new("vio_window[]", table), len(table)))
 
     def block(self, rid: int, pasid: int | None) -> None:
         """Answer requests of (rid, pasid) by a BLOCKED fault, until attach or detach. Raises: LimitError."""

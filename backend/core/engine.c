@@ -73,8 +73,13 @@ void vio_engine_destroy(vio_engine *engine)
         vio_process_release(space->process);
         free(space); /* its table pages go with the pool */
     }
-    for (size_t i = 0; i <= engine->routes.mask; i++)
-        free(engine->routes.slots[i].value);
+    for (size_t i = 0; i <= engine->routes.mask; i++) {
+        struct route *route = engine->routes.slots[i].value;
+
+        if (route)
+            free(route->windows);
+        free(route);
+    }
     index_deinit(&engine->spaces);
     index_deinit(&engine->routes);
     iotlb_deinit(&engine->iotlb);

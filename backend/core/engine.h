@@ -72,12 +72,23 @@ struct space {
     vio_space_counters counters;
 };
 
+struct window {
+    uint64_t first, last;
+    struct space *space; /* host-managed, beneath that of the route; NULL: nothing gets through */
+};
+
+struct windows {
+    uint32_t count;
+    struct window of[];
+};
+
 struct route {
     uint64_t key;
     struct space *space; /* NULL: detached, or blocked */
     unsigned access;
     bool ats; /* serves translation requests */
     bool blocked;
+    struct windows *windows; /* addresses that `space` does not translate; NULL: there are none */
     struct route *older, *newer; /* among the detached, kept for their counters, or among the live ones of its RID */
     vio_route_counters counters;
 };

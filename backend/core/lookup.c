@@ -434,6 +434,8 @@ int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, 
     out->format = out->middle_format = out->parent_format = -1;
     gate_pass(&engine->gate);
     reason = request_route(engine, request);
+    if (!reason)
+        reason = window_enter(request);
     space = request->space;
     if (space) {
         out->ioasid = space->ioasid;

@@ -80,8 +80,12 @@ vio_fault request_fault(const struct request *request, int reason, uint64_t done
 /* request.c: translation by a walk, entered into the IOTLB. */
 int request_walk(struct job *job, struct request *request, struct guard *guard);
 
-/* Translate request->iova into request->hit; 0 or a reason. */
-static inline int request_translate(struct job *job, struct request *request, struct guard *guard)
+/* window.c: the same as below where the route has windows, and the space that an address is translated by. */
+int window_translate(struct job *job, struct request *request, struct guard *guard);
+int window_enter(struct request *request); /* 0, or the reason why it is translated by none */
+
+/* Translate request->iova by request->space. */
+static inline int space_translate(struct job *job, struct request *request, struct guard *guard)
 {
     const struct iotlb *iotlb = &job->engine->iotlb;
     uint64_t sizes = __atomic_load_n(&request->space->scope.sizes, __ATOMIC_RELAXED);
@@ -98,6 +102,14 @@ static inline int request_translate(struct job *job, struct request *request, st
     }
     request->moved |= request->hit.gpa != request->iova;
     return 0;
+}
+
+/* Translate request->iova into request->hit; 0 or a reason. */
+static inline int request_translate(struct job *job, struct request *request, struct guard *guard)
+{
+    if (__builtin_expect(request->route->windows != NULL, 0))
+        return window_translate(job, request, guard);
+    return space_translate(job, request, guard);
 }
 
 /* Announce the bytes about to be touched, from `back` before where it stands; the job is in memory before they are. */

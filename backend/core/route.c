@@ -26,6 +26,12 @@ static struct route_list *live_routes(struct vio_engine *engine, uint64_t key)
     return &engine->of_rid[key & (RIDS - 1)];
 }
 
+static void drop_windows(struct route *route)
+{
+    free(route->windows);
+    route->windows = NULL;
+}
+
 /* The route of (rid, pasid), made if it is not there, among its RID's, leading nowhere yet. */
 static int route_take(struct vio_engine *engine, uint32_t rid, uint32_t pasid, struct route **out)
 {
@@ -33,6 +39,7 @@ static int route_take(struct vio_engine *engine, uint32_t rid, uint32_t pasid, s
     struct route *route = index_find(&engine->routes, key);
 
     if (route) {
+        drop_windows(route);
         if (!route_live(route)) {
             unlink_route(&engine->detached, route);
             append_route(live_routes(engine, key), route);
@@ -124,6 +131,7 @@ int vio_route_detach(vio_engine *engine, uint32_t rid, uint32_t pasid)
     if (route && route_live(route)) {
         if (route->space)
             route->space->routes--;
+        drop_windows(route);
         route->space = NULL;
         route->blocked = false;
         unlink_route(live_routes(engine, route->key), route);

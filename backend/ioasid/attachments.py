@@ -56,10 +56,13 @@ class AttachmentCommands(Routes):
         vpasid: int | None = None,
         access: Access = RW,
         ats: bool = False,
+        direct_iova: int = 0,
+        direct_size: int = 0,
     ) -> None:
         """ATTACH_IOASID: DMA of (rid, pasid) goes through this IOASID, for no more than `access` (none at all may be
         asked for). ats: the device may ask for translations, of every PASID where the IOASID has a PASID table, and
         use what it was told: its translated requests go to the host-managed IOASID underneath, one for the device.
+        Requests without a PASID to [direct_iova, direct_iova + direct_size) go there untranslated, too; 0: none do.
 
         A child takes the routing over from its parent, to which the device stays attached: (rid, pasid) must be
         attached to the parent, or for a PASID, the RID must. Only what routes bounds access; the parent's bound
@@ -67,13 +70,14 @@ class AttachmentCommands(Routes):
         """
         command = cmd.ATTACH_IOASID
         device = self._bound(command, rid, rid=rid, ioasid=ioasid, pasid=pasid, vpasid=vpasid, access=access,
-                             ats=ats)  # fmt: skip
+                             ats=ats, direct_iova=direct_iova, direct_size=direct_size)  # fmt: skip
         space = self._space(command, ioasid)
         key = self._key(command, device, pasid, vpasid)
         self._refuse_pasid(command, device, space, pasid, vpasid)
         self._refuse_space(command, device, space)
         if ats:
             self._refuse_ats(command, device, space)
+        direct = self._direct(command, direct_iova, direct_size, pasid if vpasid is None else vpasid)
         self._refuse_stack(command, device, space, key, vpasid)
         self._refuse_group(command, device, space, pasid if vpasid is None else vpasid)
         if device.attachments >= MAX_ATTACHMENTS:
@@ -84,7 +88,7 @@ class AttachmentCommands(Routes):
             if key is None:
                 self.share.attachments.give()
                 raise command.refuse(errno.ENOSPC, f"no PASID is left in the pool of {device}: detach one first")
-        device.push(key, Attachment(space, access, ats))
+        device.push(key, Attachment(space, access, ats, direct))
         try:
             with within_limits(command):
                 self._route_all(device, key)
@@ -122,6 +126,17 @@ class AttachmentCommands(Routes):
                     "detach it first",
                 )
         self._pop(device, key)
+
+    def _direct(self, command: Command, iova: int, size: int, pasid: int | None) -> tuple[int, int] | None:
+        """[start, end) of what is not translated, or None."""
+        if not size:
+            if iova:
+                raise command.refuse(errno.EINVAL, f"direct_iova {iova:#x} without direct_size: give both or none")
+            return None
+        if pasid is not None:
+            raise command.refuse(errno.EINVAL, "direct addresses are of requests without a PASID: leave them out")
+        command.check_range("direct_iova", iova, size)
+        return iova, iova + size
 
     def _key(self, command: Command, device: Device, pasid: int | None, vpasid: int | None) -> int | None:
         """The physical PASID that a command is about; None: requests without one, or a vPASID that has none yet."""

@@ -31,6 +31,8 @@ class Attachment:
     access: Access
     ats: bool = False
     """The device may send translation requests over it, and translated requests."""
+    direct: tuple[int, int] | None = None
+    """IOVAs [start, end) that requests without a PASID find untranslated."""
 
 
 def unawaited() -> None:

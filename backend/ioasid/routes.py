@@ -57,6 +57,14 @@ class Routes(Checks):
         self._delegate(device, top if table is not None else None)
         below = device.stacks[None][-2] if table is not None and table.untagged == Untagged.PARENT else top
         core.attach(rid, None, below.space.core_id, access=below.access, ats=top.ats)
+        windows: list[tuple[int, int, int | None]] = [
+            (window.start, window.end - 1, None) for window in device.traits.reserved
+        ]
+        if top.direct is not None:
+            start, end = top.direct
+            windows.append((start, end - 1, below.space.host.core_id))
+        if windows:
+            core.set_windows(rid, windows)
 
     def _delegate(self, device: Device, to: Attachment | None) -> None:
         """Lead all requests with a PASID to the table of the guest's there, or none any more."""

@@ -39,17 +39,21 @@ ATTACH_IOASID = Command(
         *(RID, IOASID, PASID, VPASID),
         Field("access", Unit.ACCESS, True, "what requests may do at most"),
         Field("ats", Unit.FLAG, True, "the device may ask for translations (ATS) and use them; not otherwise"),
+        Field("direct_iova", Unit.ADDRESS, True, "where requests without a PASID are not translated (AMD: exclusion)"),
+        Field("direct_size", Unit.LENGTH, True, "0: nowhere"),
     ),
     errors={
         errno.EINVAL: f"{WRONG}; {NOT_BOUND}; the IOASID is a child and the device (or its whole group) is not "
         "attached to its parent; the group is elsewhere or not bound as a whole; a format that the device's IOMMU "
         "cannot walk; a PASID where the PASID table is the guest's own, none where the device tags all requests, or "
         "one that it does not have; a device that cannot be made to snoop, and the IOASID enforces it; "
-        "ats for a device without, for a process, or over another host-managed IOASID than its other attachments",
+        "ats for a device without, for a process, or over another host-managed IOASID than its other attachments; "
+        "direct addresses with a PASID, or without a size",
         errno.ENODEV: NO_DEVICE,
         errno.ENOENT: UNKNOWN,
         errno.EBUSY: "the device (or PASID) is attached already",
         errno.EADDRINUSE: "a mapping lies where the device's IOVAs are reserved",
+        errno.EOVERFLOW: "direct_iova + direct_size wraps",
         errno.ENOSPC: "the device has all the attachments or PASIDs, or the engine all the routes, it may have",
         errno.ENOMEM: "no memory for the route",
     },

@@ -96,6 +96,8 @@ class Verdict:
     """SA: no page fault is logged."""
     exclusion: bool = False
     """EX: the exclusion range holds for this device."""
+    valid: bool = False
+    """V: without it the IOMMU lets everything through."""
     interrupts_blocked: bool = False
     """Writes to the interrupt address range end (IV with IntCtl 00b)."""
     fault: Fault | None = None
@@ -135,6 +137,7 @@ def judge(raw: bytes, address: int, efr: int, *, guest_enabled: bool = True) -> 
             suppress_repeated=bool(high >> 33 & 1),
             suppress_all=bool(high >> 34 & 1),
             exclusion=bool(high >> 39 & 1),
+            valid=True,
             interrupts_blocked=blocked,
         )
 

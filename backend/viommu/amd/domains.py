@@ -81,8 +81,9 @@ class Domains:
         """The IOASID of each domain that is in use."""
         return {key: domain.ioasid for key, domain in self._domains.items()}
 
-    def route(self, rid: int, verdict: Verdict) -> None:
-        """Route a device's requests as its entry says. Raises IoasidError, with no route left."""
+    def route(self, rid: int, verdict: Verdict, excluded: tuple[int, int] | None = None) -> None:
+        """Route a device's requests as its entry says, but for those to the addresses [start, end) that are excluded
+        from translation. Raises IoasidError, with no route left."""
         self.drop(rid)
         keys = keys_of(verdict)
         with ExitStack() as undo:
@@ -90,9 +91,12 @@ class Domains:
             for key in keys:
                 ioasids.append(self._use(key).ioasid)
                 undo.callback(self._release, key)
+            start, end = excluded or (0, 0)
             ats = verdict.device_tlb and self._context.get_info(rid=rid).ats
             for ioasid in (self._stage2, *ioasids):
-                self._context.attach(rid, ioasid, access=verdict.access, ats=ats)
+                self._context.attach(
+                    rid, ioasid, access=verdict.access, ats=ats, direct_iova=start, direct_size=end - start
+                )
                 undo.callback(self._context.detach, rid)
             undo.pop_all()
         self._routes[rid] = keys

@@ -55,6 +55,12 @@ class InvalidRequest:
     """A translated request of a device with I clear or V clear."""
     TRANSLATION = EventFlag.TR
     """A translation request of a device with I clear, V clear or TV clear."""
+    READ_INTERRUPTS = 0
+    """A read or another non-posted request in the interrupt address range."""
+    INTERRUPT = 5 << 9
+    """A write to the interrupt address range by a device with IntCtl 00b."""
+    TRANSLATE_INTERRUPTS = EventFlag.TR | 1 << 9
+    """A translation request for what is never translated."""
 
 
 def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
@@ -65,6 +71,8 @@ def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
         flags = flags & EventFlag.GN | (_USER if flags & EventFlag.US else 0) | invalid
         tag = tag if flags & EventFlag.GN else 0
         return event(EventCode.INVALID_DEVICE_REQUEST, device_id=fault.rid, tag=tag, flags=flags, address=fault.iova)
+    if fault.reason is Reason.RESERVED_RANGE:
+        return None  # an interrupt, which a device here sends by its MSI alone: nothing answers
     if fault.reason is Reason.NO_ROUTE:
         return _refusal(fault, verdict)
     if fault.stage == 2 and not fault.table:
@@ -86,6 +94,8 @@ def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
 
 def _invalid(fault: Fault, verdict: Verdict) -> int | None:
     """The type of a request that its device may not send at all; None: it may."""
+    if fault.reason is Reason.RESERVED_RANGE:
+        return _interrupt(fault, verdict)
     untranslatable = verdict.decision is Decision.NO_TRANSLATION or not verdict.device_tlb
     refused = fault.reason is Reason.ATS_OFF or (fault.reason is Reason.NO_ROUTE and untranslatable)
     if not refused or verdict.decision not in _READABLE:
@@ -93,6 +103,17 @@ def _invalid(fault: Fault, verdict: Verdict) -> int | None:
     if fault.type is AddressType.TRANSLATION_REQUEST:
         return InvalidRequest.TRANSLATION
     return InvalidRequest.TRANSLATED if fault.type is AddressType.TRANSLATED else None
+
+
+def _interrupt(fault: Fault, verdict: Verdict) -> int | None:
+    """The type of a request to the interrupt address range (section 2.1.4), unless it is an interrupt."""
+    if not verdict.valid:
+        return None
+    if fault.type is AddressType.TRANSLATION_REQUEST:
+        return InvalidRequest.TRANSLATE_INTERRUPTS
+    if fault.access & Access.READ:
+        return InvalidRequest.READ_INTERRUPTS
+    return InvalidRequest.INTERRUPT if verdict.interrupts_blocked else None
 
 
 def _whose(fault: Fault, verdict: Verdict) -> tuple[int, int]:

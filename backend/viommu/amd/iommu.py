@@ -41,12 +41,15 @@ from backend.viommu.amd.registers import (
     EVENT_BASE,
     EVENT_HEAD,
     EVENT_TAIL,
+    EXCLUSION_BASE,
+    EXCLUSION_LIMIT,
     PPR_BASE,
     PPR_HEAD,
     PPR_TAIL,
     STATUS,
     Control,
     Status,
+    exclusion_range,
     register_table,
     ring_size,
 )
@@ -133,6 +136,8 @@ class AmdIommu(PciFunction):
             (PPR_BASE, self._base_hook(PPR_BASE, PPR_HEAD, PPR_TAIL, ppr_run)),
             (PPR_HEAD, self._pointer_hook(PPR_HEAD, PPR_BASE, 0)),
             (PPR_TAIL, self._pointer_hook(PPR_TAIL, PPR_BASE, ppr_run)),
+            (EXCLUSION_BASE, self._exclusion_written),
+            (EXCLUSION_LIMIT, self._exclusion_written),
             (CONTROL, self._control_written),
             (STATUS, lambda _new, _old: self.status.update()),
         ):
@@ -216,11 +221,18 @@ class AmdIommu(PciFunction):
 
     def _attach(self, rid: int, verdict: Verdict) -> bool:
         try:
-            self.domains.route(rid, verdict)
+            self.domains.route(rid, verdict, self._excluded(verdict))
         except IoasidError as error:
             log.warning("%s: no route for RID %#06x: %s", self.name, rid, error)
             return False
         return True
+
+    def _excluded(self, verdict: Verdict) -> tuple[int, int] | None:
+        """The exclusion range, if it holds for a device with this entry."""
+        found = exclusion_range(self.registers[EXCLUSION_BASE], self.registers[EXCLUSION_LIMIT])
+        if found is None or not (found.everyone or verdict.exclusion):
+            return None
+        return found.start, found.end
 
     def _forget(self, rid: int) -> None:
         self.domains.drop(rid)
@@ -259,6 +271,11 @@ class AmdIommu(PciFunction):
             self.registers[COMMAND_TAIL] = old
         else:
             self.command_buffer.run()
+
+    def _exclusion_written(self, new: int, old: int) -> None:
+        """Devices are routed anew, with another range."""
+        if new != old:
+            self.domains.drop_all()
 
     def _control_written(self, new: int, old: int) -> None:
         turned = (new ^ old) & Control.IOMMU_EN

@@ -1,8 +1,9 @@
 """The MMIO registers, as a table (section 3.3 of publication 48882), each of 64 bits and reached by halves as well.
 
 Registers of features that are not offered are absent: they read as zero and ignore writes, as reserved registers do.
-So do the exclusion range registers: no exclusion range is offered, and ExEn reads back as zero.
 """
+
+from typing import NamedTuple
 
 from backend.pci.registers import Register, RegisterTable
 from backend.viommu.amd.features import EFR2, Efr
@@ -71,9 +72,30 @@ COMMAND_HEAD = "Command Buffer Head Pointer"
 COMMAND_TAIL = "Command Buffer Tail Pointer"
 EVENT_HEAD = "Event Log Head Pointer"
 EVENT_TAIL = "Event Log Tail Pointer"
+EXCLUSION_BASE = "Exclusion Range Base"
+EXCLUSION_LIMIT = "Exclusion Range Limit"
 PPR_BASE = "PPR Log Base Address"
 PPR_HEAD = "PPR Log Head Pointer"
 PPR_TAIL = "PPR Log Tail Pointer"
+
+
+_EXCLUSION_FLAGS = 1 << 0 | 1 << 1  # ExEn, Allow
+
+
+class Exclusion(NamedTuple):
+    """The exclusion range: addresses [start, end), for all devices or for those whose entry has EX."""
+
+    start: int
+    end: int
+    everyone: bool
+
+
+def exclusion_range(base: int, limit: int) -> Exclusion | None:
+    """What the two registers say, the limit naming the last page of the range; None: there is no range."""
+    start, end = base & ADDRESS_FIELD, (limit & ADDRESS_FIELD) + 0x1000
+    if not base & 1 or end <= start:
+        return None
+    return Exclusion(start, end, bool(base & 2))
 
 
 def control_mask(efr: int) -> int:
@@ -94,6 +116,8 @@ def register_table(efr: int) -> RegisterTable:
             Register(EVENT_BASE, 0x0010, 8, reset=LENGTH_RESET, rw=ring, section="3.3.1"),
             Register(CONTROL, 0x0018, 8, rw=control_mask(efr), section="3.3.1"),
             Register("Extended Feature", 0x0030, 8, reset=efr, ro=efr, section="3.3.1"),
+            Register(EXCLUSION_BASE, 0x0020, 8, rw=ADDRESS_FIELD | _EXCLUSION_FLAGS, section="3.3.1"),
+            Register(EXCLUSION_LIMIT, 0x0028, 8, rw=ADDRESS_FIELD, section="3.3.1"),
             Register(PPR_BASE, 0x0038, 8, reset=LENGTH_RESET, rw=ring, section="3.3.1"),
             Register("Extended Feature 2", 0x01A0, 8, reset=EFR2, ro=EFR2, section="3.3.1"),
             Register(COMMAND_HEAD, 0x2000, 8, rw=POINTER_FIELD, section="3.3.13"),
