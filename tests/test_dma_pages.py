@@ -518,6 +518,22 @@ def test_abort_in_the_middle_of_a_wait(kernel: Kernel, process: Process, ring: R
     assert again.peek(area, 8) == struct.pack("<Q", 2)
 
 
+def test_what_a_stopped_queue_has_asked_is_told_until_it_is_answered(
+    kernel: Kernel, process: Process, ring: Ring
+) -> None:
+    """A driver must not give a PASID back while its kernel works on that process's page requests."""
+    assert ring.get("UNANSWERED") == 0
+    ring.push("FILL", flags=TARGET, target=process.mmap(5), length=5 * PAGE)
+    ring.doorbell()
+    groups = kernel.requests()
+    assert ring.get("UNANSWERED") == sum(len(group) for group in groups) == 5
+    ring.set("COMMAND", VDMA["COMMAND_ABORT"])
+    assert (ring.state, ring.get("WAITING"), ring.get("UNANSWERED")) == (DISABLED, 0, 5)
+    for group in groups:
+        kernel.answer(group, Code.INVALID)
+    assert ring.get("UNANSWERED") == 0
+
+
 def test_a_process_that_exits_in_the_middle_of_its_job(kernel: Kernel, process: Process, ring: Ring) -> None:
     area = process.mmap(2)
     where = ring.push("FILL", flags=TARGET, target=area, length=2 * PAGE)

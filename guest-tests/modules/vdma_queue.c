@@ -7,6 +7,7 @@
 
 #define RING_ORDER 8
 #define STOP_US (2 * USEC_PER_SEC) /* a device that does not stop within is broken */
+#define ANSWER_US (20 * USEC_PER_SEC) /* the IOMMU answers page requests itself when the kernel has not within 10 s */
 
 static_assert(VDMA_SLOTS == 1 << RING_ORDER);
 static_assert(sizeof(struct vdma_descriptor) == VDMA_DESCRIPTOR_SIZE);
@@ -79,7 +80,19 @@ int vdma_queue_start(struct vdma_queue *queue, u32 pasid)
 	return 0;
 }
 
-/* After this the device does no DMA for the queue, with its PASID or without. */
+/* What the device has asked and the kernel has not answered yet: the kernel holds on to the process meanwhile. */
+static void queue_answered(struct vdma_queue *queue)
+{
+	struct vdma *vdma = queue->vdma;
+	u32 left;
+
+	if (read_poll_timeout(vdma_read, left, !left, 1000, ANSWER_US, false, vdma, VDMA_QUEUE(queue->number) + VDMA_Q_UNANSWERED))
+		dev_err(&vdma->pdev->dev, "queue %u: %u page requests were never answered\n", queue->number, left);
+	/* One that the IOMMU has answered in the kernel's place may still be in its hands. */
+	iopf_queue_flush_dev(&vdma->pdev->dev);
+}
+
+/* After this the device does no DMA for the queue, with its PASID or without, and its PASID may be given back. */
 void vdma_queue_stop(struct vdma_queue *queue)
 {
 	struct vdma *vdma = queue->vdma;
@@ -93,6 +106,8 @@ void vdma_queue_stop(struct vdma_queue *queue)
 		writel(VDMA_RESET, vdma->bar + VDMA_REG_RESET);
 		vdma_read(vdma, VDMA_REG_ID); /* the write is posted, a read is not */
 	}
+	if (queue->operands)
+		queue_answered(queue);
 	if (queue->records)
 		dma_free_coherent(dev, VDMA_SLOTS * sizeof(*queue->records), queue->records, queue->records_dma);
 	if (queue->ring)

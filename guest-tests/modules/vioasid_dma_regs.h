@@ -62,6 +62,7 @@
 #define VDMA_Q_COMPLETED 0x28	  /* ro 32: jobs ended since START */
 #define VDMA_Q_WAITING 0x2c	  /* ro 32: jobs that wait for pages now */
 #define VDMA_Q_ERROR_ADDRESS 0x30 /* ro 64: address that the error befell, 0 if it has none */
+#define VDMA_Q_UNANSWERED 0x38	  /* ro 32: pages asked for, by this START or before it, and not answered yet */
 
 #define VDMA_CONTROL_PASID 0x1	    /* the queue has the PASID in VDMA_Q_PASID */
 #define VDMA_CONTROL_RING_PASID 0x2 /* the ring's address is in that PASID */

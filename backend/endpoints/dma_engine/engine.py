@@ -238,6 +238,7 @@ _LIVE = {
     "COMPLETED": "completed",
     "WAITING": "waiting",
     "ERROR_ADDRESS": "error_address",
+    "UNANSWERED": "unanswered",
     "DB_TAIL": "tail",
     "DB_HEAD": "head",
     "DB_COMPLETED": "completed",

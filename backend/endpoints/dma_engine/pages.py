@@ -79,6 +79,10 @@ class PageDesk:
         """It runs no more. What it asked stays outstanding until it is answered."""
         self._running.discard(user)
 
+    def outstanding(self, user: object) -> int:
+        """Pages that it asked for and that are not answered."""
+        return self._held.get(user, 0)
+
     @property
     def usable(self) -> PageRequests | None:
         """The interface, if pages can be asked for now."""

@@ -102,6 +102,11 @@ class Queue:
         return sum(job.waiting for job in self._started)
 
     @property
+    def unanswered(self) -> int:
+        """Pages asked for and not answered, whatever became of the job that asked."""
+        return self._device.desk.outstanding(self)
+
+    @property
     def runnable(self) -> bool:
         """Whether `turn` has something to do."""
         return bool(self._ready) or self._may_fetch

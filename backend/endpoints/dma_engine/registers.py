@@ -126,6 +126,7 @@ def _queue_block(queue: int) -> list[Register]:
         Register(of_queue("COMPLETED", queue), base + 0x28, 4, ro=_ALL32),
         Register(of_queue("WAITING", queue), base + 0x2C, 4, ro=_ALL32),
         Register(of_queue("ERROR_ADDRESS", queue), base + 0x30, 8, ro=_ALL64),
+        Register(of_queue("UNANSWERED", queue), base + 0x38, 4, ro=_ALL32),
     ]
 
 
