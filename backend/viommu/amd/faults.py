@@ -78,7 +78,8 @@ def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
     if fault.stage == 2 and not fault.table:
         return None  # stage 2 is what surrounds the IOMMU: nothing answers there, and the device alone learns of it
     tag, flags = _whose(fault, verdict)
-    if fault.table:  # no memory answers where an entry of a table of the guest's would lie, or it was taken away
+    # No memory answers where an entry of a table of the guest's would lie, or it was taken away.
+    if fault.table and (fault.stage == 2 or fault.reason is Reason.MEMORY_GONE):
         return event(
             EventCode.PAGE_TAB_HARDWARE_ERROR,
             device_id=fault.rid,
@@ -89,7 +90,8 @@ def request_event(fault: Fault, verdict: Verdict) -> bytes | None:
     if fault.stage == 0 and fault.reason is Reason.MISALIGNED:
         return None  # the device asked for what no bus carries
     flags |= _PAGE_FAULT_FLAGS.get(fault.reason, 0)
-    return event(EventCode.IO_PAGE_FAULT, device_id=fault.rid, tag=tag, flags=flags, address=fault.iova)
+    address = fault.iova if fault.middle is None else fault.middle  # without GN it is one of the host table's
+    return event(EventCode.IO_PAGE_FAULT, device_id=fault.rid, tag=tag, flags=flags, address=address)
 
 
 def _invalid(fault: Fault, verdict: Verdict) -> int | None:
@@ -119,14 +121,15 @@ def _interrupt(fault: Fault, verdict: Verdict) -> int | None:
 def _whose(fault: Fault, verdict: Verdict) -> tuple[int, int]:
     """PASID or domain ID of an event, and the flags that tell which, with those that tell the request.
 
-    A request without a PASID that goes through the table of PASID 0 (GIoV) has that PASID.
+    A request without a PASID that goes through the table of PASID 0 (GIoV) has that PASID. What a host table beneath a
+    guest table refused is told as of the host table.
     """
     # RW means nothing where TR is set.
     rw = EventFlag.TR if fault.type is AddressType.TRANSLATION_REQUEST else direction(fault.access)
     pasid = fault.pasid
     if pasid is None and verdict.guest is not None and verdict.guest.untagged:
         pasid = 0
-    if pasid is None:
+    if pasid is None or fault.middle is not None:
         return verdict.domain_id, rw
     flags = EventFlag.GN | rw
     flags |= 0 if fault.access & Access.PRIVILEGED else EventFlag.US
