@@ -1,5 +1,6 @@
 /*
- * Guest memory made of an input, a table of any format in it over a stage 2 of any other, and requests.
+ * Guest memory made of an input, a table of any format in it over a stage 2 of any other, and requests; or two tables of
+ * the guest's, one upon the other.
  *
  * What must hold: a request ends; it touches nothing but what stage 2 maps (the rest is poisoned), and writes only where
  * stage 2 permits; a translation lies where stage 2 says, as far as it says, with no more permission; in memory that no
@@ -11,13 +12,17 @@
 #define SIZE (PAGES * PAGE)
 #define HOST 1
 #define CHILD 2
+#define TOP 3
 #define RID 8
+#define MIDDLE_TABLES 32u /* page of guest memory, and as many as 16 for each level */
 
 static uint8_t *ram, *before; /* before: what the guest, not the core, wrote */
 
 struct machine {
     vio_engine *engine;
     struct tables stage1;
+    struct tables middle;        /* three stages: of the table between stage 1 and ours */
+    bool three;
     uint64_t base;               /* GPA of the first page */
     uint64_t mapped, writable;   /* a bit a page */
     uint64_t written;            /* pages that requests may have written */
@@ -69,13 +74,30 @@ static void put(uint64_t offset, uint64_t entry, bool flip)
     memcpy(ram + offset, &entry, sizeof entry);
 }
 
-static void write_entry(const struct machine *m, struct input *in, unsigned kind)
+static void write_entry(const struct machine *m, struct input *in, const struct tables *t, unsigned kind)
 {
-    uint64_t at, entry = take_entry(in, &m->stage1, m->base, PAGES, kind, &at);
+    uint64_t at, entry = take_entry(in, t, m->base, PAGES, kind, &at);
 
     put(at, entry, kind == ENTRY_FLIP);
     if (!holds_page(m->mapped, at % SIZE))
         ASAN_POISON_MEMORY_REGION(ram + (at % SIZE & ~(uint64_t)(PAGE - 1)), PAGE);
+}
+
+/* The table in the middle begins by leading the guest's memory to itself, if there is room for it. */
+static void lay_middle(const struct machine *m)
+{
+    const struct pt_format *f = pt_formats[m->middle.format];
+    const vio_tree *tree = &m->middle.config.table.tree;
+    uint64_t table = MIDDLE_TABLES * PAGE, unit = pages_of(&m->middle);
+
+    if (table + tree->levels * unit * PAGE > SIZE || tree->input_bits > pt_entry_lg2(tree->granule, tree->levels + 1))
+        return;
+    for (unsigned level = tree->levels; level > 1; level--, table += unit * PAGE)
+        put(table + entry_offset(&m->middle, m->base, level),
+            f->make_table(&m->middle.config, m->base + table + unit * PAGE, level), false);
+    for (uint64_t at = 0; at < SIZE; at += unit * PAGE)
+        put(table + entry_offset(&m->middle, m->base + at, 1),
+            f->make_leaf(&m->middle.config, m->base + at, 1, tree->granule, RW_BOTH), false);
 }
 
 static void check_found(const struct machine *m, const vio_translation *found, unsigned need)
@@ -97,7 +119,8 @@ static void check_fault(const struct machine *m, const vio_fault *fault)
 
     HOLDS(fault->reason > VIO_REASON_NONE && fault->rid == RID && fault->stage <= 2 && fault->level <= PT_MAX_LEVELS);
     HOLDS(fault->stage != 1 || fault->has_gpa || !fault->level);
-    if (fault->stage == 1 && fault->entry) /* read, so stage 2 maps it */
+    HOLDS(m->three || !fault->has_middle);
+    if (fault->stage == 1 && fault->entry && m->three == fault->has_middle) /* read, so stage 2 maps it */
         HOLDS(holds_page(m->mapped, offset & ~7ull));
     if (fault->stage == 2 && fault->reason == VIO_REASON_NOT_PRESENT)
         HOLDS(!holds_page(m->mapped, offset));
@@ -145,6 +168,14 @@ static void request(struct machine *m, struct input *in)
         check_fault(m, vio_last_fault());
 }
 
+/* Bits of an entry that stands in both tables. */
+static uint64_t used_by_both(const struct machine *m, uint64_t entry)
+{
+    uint64_t changes = may_change(&m->stage1, entry) | may_change(&m->middle, entry);
+
+    return changes | may_change(&m->stage1, entry ^ changes) | may_change(&m->middle, entry ^ changes);
+}
+
 static void check_memory(const struct machine *m)
 {
     ASAN_UNPOISON_MEMORY_REGION(ram, SIZE);
@@ -157,7 +188,8 @@ static void check_memory(const struct machine *m)
         for (uint64_t at = page * PAGE; at < (page + 1) * PAGE; at += 8) {
             memcpy(&now, ram + at, sizeof now);
             memcpy(&then, before + at, sizeof then);
-            HOLDS(now == then || (writable && !((now ^ then) & ~may_change(&m->stage1, then))));
+            HOLDS(now == then || (writable && !((now ^ then) & ~may_change(&m->stage1, then))) ||
+                  (writable && m->three && !((now ^ then) & ~used_by_both(m, then))));
         }
     }
 }
@@ -181,6 +213,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (m.base + SIZE - 1 > host.config.last)
         m.base = 0;
     m.stage1 = take_tables(&in, guest_format(stage1, host.format), m.base + (choice & 3) * 16 * PAGE, 0);
+    m.three = stage1 & 128;
+    if (m.three)
+        m.middle = take_tables(&in, guest_format(stage1 >> 3, host.format), m.base + MIDDLE_TABLES * PAGE, 0);
     m.mapped = whole_units(~take(&in, 8), pages_of(&host));
     m.writable = m.mapped & whole_units(~take(&in, 8), pages_of(&host));
     HOLDS(!vio_engine_create(choice & 4 ? 64 : 0, &m.engine));
@@ -188,7 +223,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     map_pages(&m);
     HOLDS(!vio_space_create_nested(m.engine, CHILD, HOST));
     HOLDS(!vio_space_bind(m.engine, CHILD, m.stage1.format, &m.stage1.asked));
-    HOLDS(!vio_route_attach(m.engine, RID, VIO_NO_PASID, CHILD, RW_BOTH));
+    if (m.three) {
+        lay_middle(&m);
+        HOLDS(!vio_space_bind(m.engine, CHILD, m.middle.format, &m.middle.asked));
+        HOLDS(!vio_space_create_nested(m.engine, TOP, CHILD));
+        HOLDS(!vio_space_bind(m.engine, TOP, m.stage1.format, &m.stage1.asked));
+    }
+    HOLDS(!vio_route_attach(m.engine, RID, VIO_NO_PASID, m.three ? TOP : CHILD, RW_BOTH));
     while (more(&in)) {
         uint64_t op = take(&in, 1);
 
@@ -197,7 +238,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         else if (op == 2)
             HOLDS(!vio_space_invalidate(m.engine, CHILD, 0, UINT64_MAX));
         else
-            write_entry(&m, &in, op >> 1 & 3);
+            write_entry(&m, &in, m.three && op & 128 ? &m.middle : &m.stage1, op >> 1 & 3);
     }
     vio_engine_destroy(m.engine);
     check_memory(&m);
