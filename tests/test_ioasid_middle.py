@@ -117,6 +117,23 @@ def test_accessed_and_dirty_bits_of_both(stack: Stack) -> None:
     assert 0x6000 not in written
 
 
+def test_a_page_that_is_dirty_above_and_clean_in_the_middle(stack: Stack) -> None:
+    """What a read left in the IOTLB serves no write: the middle's dirty bit is to be set. Of data, and of a table whose
+    own entry is to become dirty."""
+    root = stack.lay(0x10000, {IOVA: 0x4000, IOVA + PAGE: 0x6000})
+    used = 0x13000 + (IOVA >> 12 & 511) * 8
+    stack.ram.poke(used, struct.pack("<Q", stack.entry(used) | A | D))
+    stack.bind_middle(used=True)
+    stack.ctx.bind_pgtable(TOP, root, X86)
+    stack.attach()
+    data = stack.middle_leaf(0x4000)
+    assert stack.dev1.port.read(IOVA, 1) == b"\0" and stack.entry(data) & (A | D) == A
+    assert stack.dev1.port.write(IOVA, b"w") is None and stack.entry(data) & (A | D) == A | D
+    assert stack.entry(stack.middle_leaf(0x13000)) & (A | D) == A, "no entry of that page has changed"
+    assert stack.dev1.port.write(IOVA + PAGE, b"w") is None
+    assert stack.entry(stack.middle_leaf(0x13000)) & (A | D) == A | D
+
+
 def test_faults_tell_which_table(walked: Stack) -> None:
     ram, port = walked.ram, walked.dev1.port
     heard: list[Fault] = []

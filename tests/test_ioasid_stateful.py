@@ -35,7 +35,7 @@ IOVAS = 4
 TABLES, TABLE_PAGES = 16, 10
 """Pages of the guest's tables: AMD's from 16, x86's from 20, the GCR3 table at 24."""
 RAM_PAGES = 32
-SPACES = 5
+SPACES = 6
 
 
 @dataclass
@@ -71,6 +71,7 @@ class WholeSet(RuleBasedStateMachine):
             self.ram.poke(page * PAGE + 8, page.to_bytes(8, "little"))
         self.amd = AmdTables(self.ram, TABLES * PAGE)
         flipped = {page * PAGE: (IOVAS - 1 - page) * PAGE for page in range(IOVAS)}
+        flipped |= {page * PAGE: page * PAGE for page in range(TABLES, TABLES + TABLE_PAGES)}  # for tables above
         for iova, gpa in flipped.items():
             self.amd.map(iova, gpa)
         x86 = x86_tables(self.ram, (TABLES + 4) * PAGE, flipped)
@@ -89,6 +90,7 @@ class WholeSet(RuleBasedStateMachine):
         self.vm: dict[int, int] = {}
         self.spaces: dict[int, Model] = {}
         self.stacks: dict[tuple[int, int | None], list[int]] = {key: [] for key in KEYS}
+        self.ats: dict[tuple[int, int | None], list[bool]] = {key: [] for key in KEYS}
         self.kvm: dict[int, tuple[int, int]] = {}
         self.registered = self.exclusive = False
         self.waiting: dict[tuple[int, int], int | None] = {}
@@ -107,10 +109,10 @@ class WholeSet(RuleBasedStateMachine):
         there = sorted(self.spaces)
         return there[number % len(there)] if there and number else 9
 
-    @initialize(delegated=st.booleans())
-    def begin(self, delegated: bool) -> None:
+    @initialize(how=st.sampled_from(("by pasid", "delegated", "three tables")))
+    def begin(self, how: str) -> None:
         """1: kernel, both devices on it; 2 and 3: user (PASIDs on it) and kernel beneath it; 4: user beneath 3. Or
-        5, too, whose PASID table serves the whole device."""
+        5, too: its PASID table serves the whole device, or it is beneath 2, and the device on both."""
         self.alloc(Kind.KERNEL, None, False)
         for page in range(IOVAS):
             self.map(1, page, page + 4)
@@ -121,14 +123,19 @@ class WholeSet(RuleBasedStateMachine):
             self.map(2, page, page + 1)
         self.bind(5)
         for rid in (WHOLE, SHARED):
-            self.attach(rid, None, 4)
-        self.attach(SHARED, 1, 5)
-        if delegated:
+            self.attach(rid, None, 4, ats=True)
+        self.attach(SHARED, 1, 5, ats=True)
+        if how == "three tables":
+            self.nest(5, Kind.USER)
+            self.bind(4)
+            self.attach(WHOLE, None, 6, ats=False)
+            self.attach(WHOLE, None, 4, ats=True)
+        elif how == "delegated":
             self.nest(4, Kind.USER)
             self.bind_pasids(4)
-            self.attach(WHOLE, None, 4)
+            self.attach(WHOLE, None, 4, ats=True)
         else:
-            self.attach(WHOLE, 1, 5)
+            self.attach(WHOLE, 1, 5, ats=False)
 
     # IOASIDs
 
@@ -138,7 +145,7 @@ class WholeSet(RuleBasedStateMachine):
         if len(self.spaces) >= SPACES or (kind != Kind.USER and not self.may_map(parent)):
             return
         legal = (kind == Kind.USER) <= (parent is not None) and (kind == Kind.VM) <= (parent is None)
-        legal = legal and (parent is None or self.is_host(parent))
+        legal = legal and (parent is None or self.may_nest(parent, kind))
         root = self.amd.root if kind == Kind.USER and at_once else None
         made: list[int] = []
         if not self.attempt(legal, lambda: made.append(self.ctx.alloc(kind, parent=parent, root=root))):
@@ -156,7 +163,7 @@ class WholeSet(RuleBasedStateMachine):
         if len(self.spaces) >= SPACES:
             return
         made: list[int] = []
-        if self.attempt(self.is_host(parent), lambda: made.append(self.ctx.create_nesting(parent, kind))):
+        if self.attempt(self.may_nest(parent, kind), lambda: made.append(self.ctx.create_nesting(parent, kind))):
             self.spaces[made[0]] = space = Model(kind, parent)
             if kind == Kind.KERNEL:
                 self.ctx.map_dma(made[0], TABLES * PAGE, TABLES * PAGE, TABLE_PAGES * PAGE)
@@ -273,6 +280,7 @@ class WholeSet(RuleBasedStateMachine):
         ioasid = self.pick(ioasid)
         users = self.users(ioasid)
         legal = self.is_unbound(ioasid) and all(user == (WHOLE, None) for user in users)
+        legal = legal and not any(space.parent == ioasid for space in self.spaces.values())
         legal = legal and not (users and any(self.stacks[WHOLE, pasid] for pasid in (1, 2)))
         fmt = PasidTableFormat(levels=1)
         if self.attempt(legal, lambda: self.ctx.bind_pasid_table(ioasid, self.gcr3, fmt)):
@@ -301,11 +309,30 @@ class WholeSet(RuleBasedStateMachine):
 
     # Devices
 
-    @rule(rid=rids, pasid=pasids, ioasid=ids)
-    def attach(self, rid: int, pasid: int | None, ioasid: int) -> None:
+    @rule(rid=rids, pasid=pasids, ioasid=ids, ats=st.booleans())
+    def attach(self, rid: int, pasid: int | None, ioasid: int, ats: bool) -> None:
         ioasid = self.pick(ioasid)
-        if self.attempt(self.attachable(rid, pasid, ioasid), lambda: self.ctx.attach(rid, ioasid, vpasid=pasid)):
+        legal = self.attachable(rid, pasid, ioasid) and not (ats and self.elsewhere(rid, ioasid))
+        if self.attempt(legal, lambda: self.ctx.attach(rid, ioasid, vpasid=pasid, ats=ats)):
             self.stacks[rid, pasid].append(ioasid)
+            self.ats[rid, pasid].append(ats)
+
+    def elsewhere(self, rid: int, ioasid: int) -> bool:
+        """Whether translated addresses of the device are another IOASID's."""
+        hosts = {
+            self.bottom(one)
+            for key in KEYS
+            for one, ats in zip(self.stacks[key], self.ats[key], strict=True)
+            if ats and key[0] == rid
+        }
+        return bool(hosts) and self.bottom(ioasid) not in hosts
+
+    def bottom(self, ioasid: int) -> int:
+        while self.spaces[ioasid].kind == Kind.USER:
+            below = self.spaces[ioasid].parent
+            assert below is not None
+            ioasid = below
+        return ioasid
 
     def attachable(self, rid: int, pasid: int | None, ioasid: int) -> bool:
         space, stack, own = self.spaces.get(ioasid), self.stacks[rid, pasid], self.stacks[rid, None]
@@ -334,6 +361,7 @@ class WholeSet(RuleBasedStateMachine):
         if not self.attempt(bool(stack) and not leaning, lambda: self.ctx.detach(rid, vpasid=pasid)):
             return
         gone = stack.pop()
+        self.ats[rid, pasid].pop()
         self.release(rid, pasid, every=self.spaces[gone].bound == "pasids")
         for mapped, reach in list(self.kvm.items()):
             if rid == SHARED and reach == (pasid, gone):
@@ -397,6 +425,20 @@ class WholeSet(RuleBasedStateMachine):
                 assert (answer.reason if isinstance(answer, Fault) else answer) == self.expected(rid, pasid, page)
 
     @invariant()
+    def translations_lead_to_the_same(self) -> None:
+        for rid, pasid in KEYS:
+            port, page = self.devices[rid].port, 1
+            own = self.ats[rid, pasid] or (self.ats[rid, None] if self.routed(rid, pasid) else [])
+            ends: int | Reason | None = self.expected(rid, pasid, page)
+            if own and not own[-1]:
+                ends = Reason.ATS_OFF
+            reply = port.translate(page * PAGE, PAGE, Access.READ, pasid=self.physical(rid, pasid))
+            if reply.fault is not None:
+                assert reply.fault.reason == ends and not reply.translations
+            else:
+                assert port.translated.load(reply.translations[0].address + 8, 8) == ends
+
+    @invariant()
     def lookup_tells_the_same(self) -> None:
         for ioasid in self.spaces:
             for page in range(IOVAS):
@@ -447,6 +489,13 @@ class WholeSet(RuleBasedStateMachine):
     def is_host(self, ioasid: int) -> bool:
         return ioasid in self.spaces and self.spaces[ioasid].kind in {Kind.KERNEL, Kind.VM}
 
+    def may_nest(self, parent: int, kind: Kind) -> bool:
+        if parent not in self.spaces or self.is_host(parent):
+            return parent in self.spaces
+        above = self.spaces[parent]
+        assert above.parent is not None
+        return kind == Kind.USER and self.is_host(above.parent) and above.bound != "pasids"
+
     def is_unbound(self, ioasid: int) -> bool:
         space = self.spaces.get(ioasid)
         return space is not None and space.kind == Kind.USER and not space.bound
@@ -476,6 +525,10 @@ class WholeSet(RuleBasedStateMachine):
         found = self.devices[rid].physical(pasid)
         assert (found is None) <= (rid == SHARED and not self.stacks[rid, pasid])
         return found if found is not None else 0xFFF
+
+    def routed(self, rid: int, pasid: int | None) -> bool:
+        own = self.stacks[rid, None]
+        return bool(self.stacks[rid, pasid]) or bool(own and self.spaces[own[-1]].bound == "pasids")
 
     def expected(self, rid: int, pasid: int | None, page: int) -> int | Reason:
         stack, own = self.stacks[rid, pasid], self.stacks[rid, None]
@@ -507,10 +560,10 @@ class WholeSet(RuleBasedStateMachine):
         """The host-managed IOASID whose table a request ends in, and the page there."""
         stack = self.stacks[rid, pasid] or self.stacks[rid, None]
         space = self.spaces[stack[-1]]
-        if space.kind != Kind.USER:
-            return space, page
-        assert space.parent is not None
-        return self.spaces[space.parent], IOVAS - 1 - page
+        while space.kind == Kind.USER:
+            assert space.parent is not None
+            space, page = self.spaces[space.parent], IOVAS - 1 - page
+        return space, page
 
 
 TestWholeSet = WholeSet.TestCase

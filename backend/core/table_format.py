@@ -39,7 +39,7 @@ class TableFormat(ABC):
 
 @dataclass(frozen=True, slots=True)
 class AmdV1(TableFormat):
-    """AMD IOMMU host tables. `accessed`, `dirty`: DTE HA, HD."""
+    """AMD IOMMU host tables. `accessed`, `dirty`: DTE.HAD bits 0 and 1; its value 2, dirty alone, is reserved."""
 
     name: ClassVar[str] = "amd-v1"
     levels: int = 4

@@ -92,6 +92,7 @@ VARIANTS: tuple[Variant, ...] = (
     _ept("5-plain", levels=5, execute_only=False, large_1g=False),
     *(_amd(str(levels), levels) for levels in range(1, 7)),
     _amd("4-ad", 4, accessed=True, dirty=True),
+    _amd("4-a", 4, accessed=True),
     _amd("6-skip", 6, {6: 3, 3: 1}),
     _amd("4-readonly", 4, write=False),
     _arm("4k-48", 12, 48),

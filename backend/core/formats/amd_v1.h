@@ -117,7 +117,7 @@ PT_INLINE unsigned amd_v1_permissions(const struct pt_config *config, const stru
     return PT_BOTH(perm | (perm & VIO_READ) * VIO_EXECUTE);
 }
 
-/* Device table entry HA and HD (8:7): accessed in every entry used, dirty in the leaf that served a write. */
+/* Device table entry HAD (8:7), 1 or 3: accessed in every entry used; 3: dirty in the leaf that served a write. */
 PT_INLINE int amd_v1_use(const struct pt_config *config, uint64_t entry, bool leaf, bool write, uint64_t *after)
 {
     uint32_t flags = config->table.flags;
