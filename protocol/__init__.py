@@ -6,7 +6,7 @@ The package knows nothing of what it carries: methods come as a table, each take
 from .blocking import BlockingClient
 from .budget import Account, Budget
 from .client import Client
-from .connection import Connection, Method, Session
+from .connection import Connection, InTurn, Method, Session
 from .errors import Disconnected, Malformed, RpcError, SocketRefused
 from .limits import Limits
 from .messages import Notification
@@ -21,6 +21,7 @@ __all__ = [
     "Client",
     "Connection",
     "Disconnected",
+    "InTurn",
     "Limits",
     "Malformed",
     "Method",

@@ -25,6 +25,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from time import monotonic
 from types import CoroutineType
 from typing import Any, Protocol
@@ -36,10 +37,18 @@ from .large import LargeMessages
 from .limits import Limits
 from .messages import Message, Notification, Request, Unusable, fields_of
 from .outbox import Outbox
-from .sockets import close_all, peer_of, receive
+from .sockets import close_all, gone, peer_of, receive
 
 Method = Callable[[Any, dict[str, Any]], Any]
-"""Called with the session and the request's fields; answers with the result, or a coroutine of it."""
+"""Called with the session and the request's fields; answers with the result, or a coroutine of it, or that InTurn."""
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """A method's result that is waited for before the connection's next request is carried out."""
+
+    work: Coroutine[Any, Any, Any]
+
 
 _offered: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("descriptors of the request", default=None)
 
@@ -104,6 +113,8 @@ class Connection:
         self._tasks: set[asyncio.Task[None]] = set()
         self._arrived: deque[tuple[int, list[int], bool]] = deque()  # offset of the byte they belong to, fds, some lost
         self._flush_due = False
+        self._in_turn: asyncio.Task[None] | None = None  # nothing behind it is carried out before it is done
+        self._ended = False  # the client sends no more
         self._reading = False
         self._writing = False
         self._goodbye: asyncio.TimerHandle | None = None
@@ -163,7 +174,7 @@ class Connection:
     # Reading
 
     def _read_more(self) -> None:
-        if not self._reading and self.state is State.OPEN:
+        if not self._reading and not self._ended and self.state is State.OPEN:
             self._reading = True
             self._loop.add_reader(self._socket, self._readable)
 
@@ -183,7 +194,10 @@ class Connection:
         if descriptors or truncated:
             self._arrived.append((self._decoder.received + len(data) - 1, list(descriptors), truncated))
         if not data:  # it ended its side; what it asked for has been served, what it waits for has not
-            self._finish()
+            self._ended = True
+            self._stop_reading()
+            if self._in_turn is None or gone(self._socket):
+                self._finish()
             return
         self._decoder.feed(data)
         self._turn()
@@ -194,6 +208,16 @@ class Connection:
         while not self._full:
             if self.state is not State.OPEN:
                 return
+            if self._in_turn is not None:
+                self._flush()
+                if self._decoder.received - self._decoder.consumed < self._limits.small:
+                    self._read_more()  # to see the client's end
+                else:
+                    self._stop_reading()
+                return
+            if self._ended and gone(self._socket):
+                self.abort()
+                return
             try:
                 message = self._decoder.next()
             except Malformed as error:
@@ -203,6 +227,9 @@ class Connection:
                 if self._arrived and sum(len(each[1]) for each in self._arrived) > self._limits.descriptors:
                     most = self._limits.descriptors
                     self.close(errno.E2BIG, f"a message that is not whole has more than {most} descriptors already")
+                    return
+                if self._ended:
+                    self._finish()
                     return
                 self._flush()
                 if self._decoder.unfinished <= self._limits.small:
@@ -302,11 +329,15 @@ class Connection:
                 result = context.run(method, self.session, fields)
             else:
                 result = method(self.session, fields)
-            if type(result) is CoroutineType:
+            in_turn = type(result) is InTurn
+            work = result.work if in_turn else result
+            if type(work) is CoroutineType:
                 if len(self._tasks) < self._limits.in_flight and self._pending.take():
-                    self._start_task(msgid, result, descriptors, context)
+                    task = self._start_task(msgid, work, descriptors, context)
+                    if in_turn:
+                        self._in_turn = task
                     return True
-                result.close()
+                work.close()
                 count = len(self._tasks)
                 raise RpcError(errno.EAGAIN, f"{count} requests are waited for already: wait until one is answered")
         except Exception as error:
@@ -321,7 +352,7 @@ class Connection:
         work: Coroutine[Any, Any, Any],
         descriptors: list[int] | None,
         context: contextvars.Context | None,
-    ) -> None:
+    ) -> asyncio.Task[None]:
         task = self._loop.create_task(self._wait_for(msgid, work), context=context)
         self._tasks.add(task)
 
@@ -332,10 +363,15 @@ class Connection:
             self._pending.give()
             if not task.cancelled() and (error := task.exception()) is not None:
                 self._owner.record(error)
+            if self._in_turn is task:
+                self._in_turn = None
+                if self.state is State.OPEN:
+                    self._turn()
             if self.state is State.CLOSED and not self._tasks:
                 self._gone()
 
         task.add_done_callback(done)
+        return task
 
     async def _wait_for(self, msgid: int, work: Coroutine[Any, Any, Any]) -> None:
         try:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import resource
+import select
 import socket
 import stat
 import struct
@@ -62,6 +63,13 @@ def receive(connection: socket.socket, size: int) -> tuple[bytes, Sequence[int],
     if not ancillary:
         return data, (), bool(flags & _TRUNCATED)
     return data, _descriptors(ancillary), bool(flags & _TRUNCATED)
+
+
+def gone(connection: socket.socket) -> bool:
+    """Whether the other side reads no more either: it has not just ended what it sends."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:

@@ -239,14 +239,12 @@ def test_under_a_guests_table(patient: Stage, kind: str) -> None:
     gpa, nested, pasid = 1 << 30, 5, 3 if kind == "pasid" else None
     core.map(LENT, 0, ram.hva, ram.size, RW)
     core.map(LENT, gpa, at | FOREIGN, 8 * PAGE, RW)
-    x86 = {"root": PAGE, "levels": 4}
-    for level, table in ((4, 1), (3, 2), (2, 3)):
+    for table in (1, 2, 3):
         ram.write(table * PAGE, ((table + 1) * PAGE | 7).to_bytes(8, "little"))
-        assert level
     ram.write(4 * PAGE, (gpa | 7).to_bytes(8, "little"))
     core.create_nested_space(nested, LENT)
     if pasid is None:
-        core.bind_table(nested, fmt="x86", **x86)
+        core.bind_table(nested, fmt="x86", root=PAGE, levels=4)
         core.attach(LENT_RID, None, nested)
     else:
         ram.write(8 * PAGE + 8 * pasid, (PAGE | 1).to_bytes(8, "little"))
@@ -344,8 +342,8 @@ def test_helpers_go_with_the_thread_that_made_them(patient: Stage) -> None:
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_a_file_in_user_space(stage: Stage, tmp_path: Path, one_by_one: bool) -> None:
-    """Without reading ahead the kernel waits for FUSE's answer, which nothing else ends: such a helper is left behind, and
-    goes when the answer comes."""
+    """Without reading ahead the kernel waits for FUSE's answer, which nothing else ends: such a helper is left behind,
+    and goes when the answer comes."""
     core, child = stage.core, stage.child
     at = child.fuse(tmp_path, one_by_one=one_by_one)
     assert facts(core.dma_read(RID, at + 5, 2 * PAGE)) == (Reason.WITHHELD, at + 5, 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backend.core import Core
 from backend.ioasid import BEHIND_X86, Engine, Traits
 from backend.ioasid.page_timer import PageTimer
 
@@ -37,10 +38,10 @@ def usual_endpoints(count: int) -> list[SoftwareEndpoint]:
 class EngineAlone:
     """Software endpoints behind a control socket at `path`."""
 
-    def __init__(self, path: Path, endpoints: Sequence[SoftwareEndpoint]) -> None:
-        """IoasidError, as of Engine.add_device: they cannot be together."""
+    def __init__(self, path: Path, endpoints: Sequence[SoftwareEndpoint], core: Core | None = None) -> None:
+        """`core`: of the engine, None: as usual. IoasidError, as of Engine.add_device: they cannot be together."""
         assert 0 < len(endpoints) <= MAX_ENDPOINTS
-        self.engine = Engine()
+        self.engine = Engine(core)
         self._timer = PageTimer(self.engine)
         self.endpoints = {each.rid: each.name for each in endpoints}
         for each in endpoints:

@@ -20,6 +20,7 @@ from .events import TOPICS, Events
 from .parameters import Params
 from .session import Session
 from .status import Status
+from .threads import Threads
 
 DESCRIPTORS = 4
 """Of a connection: its socket, a memfd on its way, and what holds its client's process. IOASIDs of kind sva take two
@@ -58,10 +59,11 @@ class Control:
         self._events = Events(self.contexts)
         self.contexts.on_left = self._events.forget
         self.contexts.on_opened = self._events.follow
+        self._threads = Threads()
         self.looks: Mapping[str, Look] = {
             **Status(self.contexts, lambda: {**facts(), "socket": path}).methods(),
             **self._events.methods(),
-            **Endpoints(self.contexts, endpoints).methods(),
+            **Endpoints(self.contexts, endpoints, self._threads.run).methods(),
             "memory.share": share,
             "memory.unshare": unshare,
         }
@@ -89,6 +91,7 @@ class Control:
         """End every connection, and what its client owned."""
         await self._server.close()
         self.contexts.close()
+        self._threads.close()  # what they wait for was attached to those contexts
 
 
 def share(session: Session, params: Params) -> dict[str, Any]:

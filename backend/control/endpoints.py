@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from backend.core import Fault
-from backend.ioasid import PAGE_SIZE, Device, IoasidError, PageResponse
+from backend.ioasid import PAGE_SIZE, Device, DevicePort, IoasidError, PageResponse
+from backend.ioasid.aside import Run, aside
 from backend.ioasid.limits import MAX_GROUP
+from protocol import InTurn
 
 from .contexts import Contexts
 from .parameters import Params
@@ -35,15 +38,18 @@ WIDTHS = {
 """Bytes that each may have; the last three are PCI Express AtomicOps."""
 
 Answer = dict[str, Any]
+T = TypeVar("T")
 
 
 class Endpoints:
     """The methods `endpoint.*`. What a DMA met is in its answer: a fault is none of the request's own errors."""
 
-    def __init__(self, contexts: Contexts, rids: Collection[int]) -> None:
+    def __init__(self, contexts: Contexts, rids: Collection[int], run: Run) -> None:
+        """`run`: has another thread do the DMA that may wait for the memory of another process."""
         self._contexts = contexts
         self._engine = contexts.engine
         self._rids = frozenset(rids)
+        self._run = run
 
     def methods(self) -> Mapping[str, Callable[[Session, Params], Any]]:
         """By name."""
@@ -93,52 +99,58 @@ class Endpoints:
         submitted = self._engine.kvm.translate(device.context.vm, vpasid)
         return {"physical": device.physical(vpasid), "enqcmd": submitted}
 
-    def dma_read(self, session: Session, params: Params) -> Answer:
+    def dma_read(self, session: Session, params: Params) -> Answer | InTurn:
         """Read `length` bytes, 1 MiB at most: `data`."""
         device, iova, pasid = self._request(session, params)
         length = params.number("length", MAX_MOVE + 1)
         params.end()
-        return _read("data", device.port.read(iova, length, pasid))
+        return self._ask(device, lambda port: port.read(iova, length, pasid), partial(_read, "data"), pasid)
 
-    def dma_write(self, session: Session, params: Params) -> Answer:
+    def dma_write(self, session: Session, params: Params) -> Answer | InTurn:
         """Write `data`, 1 MiB at most."""
         device, iova, pasid = self._request(session, params)
         data = params.data("data", MAX_MOVE)
         params.end()
-        return _done(device.port.write(iova, data, pasid))
+        return self._ask(device, lambda port: port.write(iova, data, pasid), _done, pasid)
 
-    def dma_fill(self, session: Session, params: Params) -> Answer:
+    def dma_fill(self, session: Session, params: Params) -> Answer | InTurn:
         """Write [`pattern`] of [`width`] bytes over and over, `length` bytes, 16 MiB at most."""
         device, iova, pasid = self._request(session, params)
         length = params.number("length", MAX_BULK + 1)
         width = params.one_of("width", (1, 2, 4, 8), 1)
         pattern = params.number("pattern", 1 << 8 * width, 0)
         params.end()
-        return _done(device.port.fill(iova, length, pattern, width, pasid))
+        return self._ask(device, lambda port: port.fill(iova, length, pattern, width, pasid), _done, pasid)
 
-    def dma_copy(self, session: Session, params: Params) -> Answer:
+    def dma_copy(self, session: Session, params: Params) -> Answer | InTurn:
         """Copy `length` bytes, 16 MiB at most, to `target`, which [`target_pasid`] may have another PASID for."""
         device, iova, pasid = self._request(session, params)
         target = _address(device, params, "target")
         length = params.number("length", MAX_BULK + 1)
         target_pasid = _physical(device, params.optional("target_pasid", 1 << 20))
         params.end()
-        return _done(device.port.copy(iova, target, length, pasid, target_pasid=target_pasid))
+        return self._ask(
+            device,
+            lambda port: port.copy(iova, target, length, pasid, target_pasid=target_pasid),
+            _done,
+            pasid,
+            target_pasid,
+        )
 
-    def store(self, session: Session, params: Params) -> Answer:
+    def store(self, session: Session, params: Params) -> Answer | InTurn:
         """One aligned store of `value`, `width` (1, 2, 4, 8) bytes."""
         device, iova, pasid = self._request(session, params)
         width = params.one_of("width", WIDTHS["store"])
         value = params.number("value", 1 << 8 * width)
         params.end()
-        return _done(device.port.store(iova, value, width, pasid))
+        return self._ask(device, lambda port: port.store(iova, value, width, pasid), _done, pasid)
 
-    def load(self, session: Session, params: Params) -> Answer:
+    def load(self, session: Session, params: Params) -> Answer | InTurn:
         """One aligned load of `width` (1, 2, 4, 8) bytes: `value`."""
         device, iova, pasid = self._request(session, params)
         width = params.one_of("width", WIDTHS["load"])
         params.end()
-        return _read("value", device.port.load(iova, width, pasid))
+        return self._ask(device, lambda port: port.load(iova, width, pasid), partial(_read, "value"), pasid)
 
     def fetch_add(self, session: Session, params: Params) -> Answer:
         """AtomicOp FetchAdd of `value`, `width` (4, 8) bytes: `value` is what was there before."""
@@ -187,6 +199,22 @@ class Endpoints:
         if not last and not answered.done():
             return {"code": None}
         return {"code": await answered}
+
+    def _ask(
+        self,
+        device: Device,
+        request: Callable[[DevicePort], T | Fault],
+        tell: Callable[[T | Fault], Answer],
+        *pasids: int | None,
+    ) -> Answer | InTurn:
+        """The answer to a request of the device with these PASIDs. AtomicOps are none of its: they never wait."""
+        if not any(device.foreign(pasid) for pasid in pasids):
+            return tell(request(device.port))
+
+        async def answer() -> Answer:
+            return tell(await aside(device, self._run, request))
+
+        return InTurn(answer())
 
     def _device(self, params: Params) -> Device:
         rid = params.number("rid", 1 << 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -117,6 +118,10 @@ class ProcessBody:
     core_id: int
     process: Process
     allowance: Allowance
+
+    @property
+    def foreign(self) -> bool:
+        return self.process.pid != os.getpid()
 
     def close(self) -> None:
         self.engine.core.destroy_space(self.core_id)

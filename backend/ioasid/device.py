@@ -98,7 +98,7 @@ class Device:
         """The only way of this device to memory."""
         self.tlb: DeviceTlb | None = None
         """Told what to forget, where the device keeps translations."""
-        self._engine = engine
+        self.engine = engine
         self._pool = PasidPool(traits.pasid_bits) if traits.pasid_mode == PasidMode.PER_RID else None
         self._physical: dict[int, int] = {}
         self._virtual: dict[int, int] = {}
@@ -118,6 +118,12 @@ class Device:
             if pasid is not None and stack[0].space.parent is space:
                 return pasid
         return None
+
+    def foreign(self, pasid: int | None) -> bool:
+        """Whether its requests may come to memory of another process, and so have to wait for as long as that likes."""
+        attachment = self.routed(pasid)
+        space = attachment.space if attachment is not None else self.delegated if pasid is not None else None
+        return space is not None and space.foreign
 
     @property
     def spaces(self) -> list[Space]:
@@ -182,7 +188,7 @@ class Device:
             if self._pool is not None:
                 found = self._pool.take()
             else:
-                found = self._engine.shared_pasids.take(self.context.vm, vpasid)
+                found = self.engine.shared_pasids.take(self.context.vm, vpasid)
             if found is not None:
                 self._physical[vpasid] = found
                 self._virtual[found] = vpasid
@@ -198,7 +204,7 @@ class Device:
             self._pool.give(pasid)
         else:
             assert self.context is not None
-            self._engine.shared_pasids.give(self.context.vm, vpasid)
+            self.engine.shared_pasids.give(self.context.vm, vpasid)
 
     # Page requests
 

@@ -79,6 +79,8 @@ class HostTable:
         """Bits of an IOVA that it maps."""
         self.write_only = write_only
         """Whether its format can permit writes without reads."""
+        self.foreign = False
+        """Whether it has ever led to memory of another process."""
         self.tracked = False
         """Whether its user wants to know of dirty pages."""
         self.pieces = Mappings()
@@ -181,6 +183,7 @@ class HostTable:
         assert process is not None
         self.core.lend_process(self.core_id, process)
         self._memory = None
+        self.foreign = True
 
     def take(self, piece: Mapping) -> None:
         """A piece goes, beneath and here."""

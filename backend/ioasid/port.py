@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from backend.core import (
     RW,
@@ -22,7 +22,7 @@ from backend.core import (
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-    from .engine import Engine
+    from backend.core import Core
 
 T = TypeVar("T")
 
@@ -32,6 +32,23 @@ MISSES = frozenset({Reason.NOT_PRESENT, Reason.PERMISSION, Reason.ACCESS_FLAG, R
 
 def _always() -> bool:
     return True
+
+
+class Router(Protocol):
+    """What a port asks of the engine."""
+
+    @property
+    def core(self) -> Core:
+        """Which moves the bytes."""
+
+    def find_route(self, rid: int, pasid: int | None) -> bool:
+        """Is there a route now, where there was none?"""
+
+    def report(self, fault: Fault) -> Fault:
+        """Tell whom it concerns."""
+
+    def renumber(self, fault: Fault) -> Fault:
+        """Number its IOASID and its PASID as its context does."""
 
 
 class DevicePort:
@@ -45,7 +62,7 @@ class DevicePort:
     there was no route.
     """
 
-    def __init__(self, engine: Engine, rid: int) -> None:
+    def __init__(self, engine: Router, rid: int) -> None:
         self._engine = engine
         self._core = engine.core
         self.rid = rid
@@ -251,7 +268,7 @@ class DevicePort:
 class _TranslatedPort(DevicePort):
     """Requests of the device that carry translated addresses, and no PASID."""
 
-    def __init__(self, engine: Engine, port: DevicePort) -> None:
+    def __init__(self, engine: Router, port: DevicePort) -> None:
         super().__init__(engine, port.rid)
         self._port = port
         self.enabled = self._port_enabled

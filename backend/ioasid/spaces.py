@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 class Body(Protocol):
     """What stands behind an IOASID in the core; `backend.ioasid.bodies` makes one for each kind."""
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it may lead to memory of another process."""
+
     def close(self) -> None:
         """Give up the space in the core."""
 
@@ -33,6 +37,7 @@ class CoreBody:
 
     core: Core
     core_id: int
+    foreign: bool = False
 
     def close(self) -> None:
         self.core.destroy_space(self.core_id)
@@ -113,6 +118,15 @@ class Space:
         """Of a host-managed one: the table that stands behind it."""
         assert isinstance(self.body, HostTable)
         return self.body
+
+    @property
+    def foreign(self) -> bool:
+        """Whether there may be memory of another process behind it."""
+        space = self
+        while space.kind == Kind.USER:
+            assert space.parent is not None
+            space = space.parent
+        return space.body.foreign
 
     @property
     def children(self) -> int:
