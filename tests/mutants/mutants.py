@@ -151,7 +151,7 @@ def boot(copy: Path, machine: str) -> list[str]:
             **os.environ, "XDG_RUNTIME_DIR": str(run), "XDG_STATE_HOME": folder, "VIOASID_CACHE": str(cache_dir()),
             "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
-        arguments = ["--machine", machine, "--json", "--append", f"vioasid.checks={CHECKS}"]
+        arguments = ["--machine", machine, "--json", "--append", f"vioasid.checks={CHECKS} vioasid.stop=failure"]
         with subprocess.Popen(
             [sys.executable, "-m", "backend.cli.main", "boot", *arguments],
             cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
