@@ -28,7 +28,7 @@ from mutations import CHECKS, MUTATIONS, ROOT, Mutation
 from backend.cli.supervisor import guarded
 from backend.vm.cache import cache_dir
 from backend.vm.errors import CannotRun
-from backend.vm.progress import shown
+from backend.vm.progress import notice, shown
 
 BOOT_SECONDS = 400
 """For one boot: as much as its own limits allow, and what building and stopping take."""
@@ -88,9 +88,12 @@ def try_all(chosen: Sequence[Mutation], jobs: int) -> list[Verdict]:
             nonlocal done
             with copies.one() as copy:
                 verdict = attempt(copy, mutation)
+            word = "caught" if verdict.caught else "SURVIVES"
             with count:
                 done += 1
-                progress(f"{done} of {len(chosen)}, {verdict.name} {'caught' if verdict.caught else 'SURVIVES'}")
+                progress(f"{done} of {len(chosen)}, {verdict.name} {word}")
+                if not sys.stderr.isatty():  # minutes pass in silence otherwise
+                    notice(f"{done} of {len(chosen)}: {verdict.name} {word} ({verdict.seconds:.0f} s)")
             return verdict
 
         def passes(machine: str) -> None:
