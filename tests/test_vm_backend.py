@@ -10,6 +10,7 @@ import pytest
 from backend.core import Access, Fault, Reason
 from backend.endpoints.nvme import Namespace
 from backend.ioasid import Code, PageResponse
+from backend.viommu.amd.commands import CompletePpr
 from backend.vm import machine
 from backend.vm.backend import Backend
 from backend.vm.sva_side import SvaSide
@@ -78,3 +79,16 @@ async def test_what_is_missing_of_shared_virtual_addressing_is_named(two: Backen
         "sva/translated-requests": "fail",
         "sva/events": "pass",
     }
+
+
+def test_an_endpoint_notes_answers_that_it_does_not_wait_for(two: Backend) -> None:
+    """UPRGI in the PRI status of the one that it is for (PCI Express 5.0, 10.5.2.3); what has no PRI notes nothing."""
+    config = two.endpoints["dma0"].config
+    pri, ats = (config.find(capability, extended=True) or 0 for capability in (0x13, 0x0F))
+    config.write(ats + 6, 2, 0x8000)
+    config.write(pri + 4, 2, 1)
+    log = two.iommus["iommu1"].ppr_log
+    log.complete(CompletePpr(rid_of(two, "nvme1"), 3, 0, None))
+    assert not config.read(pri + 6, 2) & 2
+    log.complete(CompletePpr(rid_of(two, "dma0"), 3, 0, None))
+    assert config.read(pri + 6, 2) & 2 and log.unexpected == 2

@@ -71,7 +71,6 @@ class PageRequests:
         assert base is not None
         self._config = config
         self._base = base
-        self._pasid_required = capability.response_pasid
         self._outstanding_max = capability.outstanding
         self._pasids = pasids
         self._may_translate = may_translate
@@ -140,23 +139,25 @@ class PageRequests:
 
     # What the IOMMU does
 
-    def response(self, index: int, code: Code, pasid: int | None = None) -> None:
-        """A PRG response message (10.4.2). One that no group waits for sets UPRGI."""
-        if self._failed:
+    def unexpected(self) -> None:
+        """A response came whose index no group has: UPRGI (10.5.2.3)."""
+        if self._enabled and not self._failed:
+            self._set_status(UNEXPECTED_INDEX)
+
+    def _answered(self, index: int, answer: PageResponse) -> None:
+        """The one response (10.4.2) to what went out under an index, which is free now."""
+        self._free.append(index)
+        group = self._sent.pop(index, None)
+        if group is None:
+            self.unexpected()
             return
-        group = self._sent.get(index)
-        if group is None or (self._pasid_required and group.pasid != pasid):
-            if self._enabled:
-                self._set_status(UNEXPECTED_INDEX)
-            return
-        del self._sent[index]
         self._credits -= len(group.pages)
-        if code == Code.FAILURE:
+        if answer.code == Code.FAILURE:
             self._failed = True
             self._set_status(RESPONSE_FAILURE)
             self._end(group, *self._take_all())
         else:
-            self._end_one(group, code)
+            self._end_one(group, answer.code)
         self._stopped_yet()
         self._send_what_can_be()
 
@@ -233,17 +234,11 @@ class PageRequests:
         index = self._free.popleft()
         self._sent[index] = group
         self._credits += len(group.pages)
-        answered = partial(self._answered, index, group.pasid)
+        answered = partial(self._answered, index)
         for number, (iova, access) in enumerate(group.pages, 1):
             self._send(group.pasid, iova, access, group=index, last=number == len(group.pages), answer=answered)
             if self._sent.get(index) is not group:
                 return  # answered already, where nobody could
-
-    def _answered(self, index: int, pasid: int | None, answer: PageResponse) -> None:
-        """The one answer to what went out under an index, which is free now. It names the PASID as the guest does,
-        which need not be as it was sent."""
-        self._free.append(index)
-        self.response(index, answer.code, pasid)
 
     def _take_line(self) -> list[_Group]:
         taken = list(self._line)

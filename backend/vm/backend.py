@@ -75,11 +75,18 @@ class Backend:
             self.context.attach(config.rid, self.stage2)
             self.iommus[config.name].on_enable = partial(self._switched, config.name, on=True)
             self.iommus[config.name].on_disable = partial(self._switched, config.name, on=False)
+            self.iommus[config.name].ppr_log.on_unexpected = self._unexpected_response
         self.engine.set_router(self._route)
         self.engine.on_fault(self._faulted)
         self.context.faults.on_ready(self._records_wait)
         names = {self.context: machine.name}
         self.control = None if control is None else Control(self.engine, control, facts=self._facts, names=names)
+
+    def _unexpected_response(self, rid: int) -> None:
+        """The guest has answered a page request that an endpoint did not send."""
+        requests = next(self.endpoints[f.name].page_requests for f in self.machine.endpoints if f.rid == rid)
+        if requests is not None:
+            requests.unexpected()
 
     @property
     def controllers(self) -> dict[str, NvmeController]:

@@ -73,6 +73,8 @@ class PprLog:
         """Discarded, for the log was full or guest memory did not take them."""
         self.unexpected = 0
         """Answers that no device waited for."""
+        self.on_unexpected: Callable[[int], None] | None = None
+        """Told of each, by the RID that it was for: the device may want to note it."""
 
     def request(self, record: FaultRecord, *, wanted: bool) -> bytes | None:
         """Log a page request that is `wanted` (DTE.PPR and PPREn). Else it is refused, and the answer is its event."""
@@ -89,15 +91,19 @@ class PprLog:
 
     def complete(self, command: CompletePpr) -> None:
         """Pass an answer of the guest on to its device. One that nobody waits for has no effect here."""
-        self._respond(command.device_id, command.tag, _CODES.get(command.code, Code.FAILURE), command.pasid)
+        code = _CODES.get(command.code, Code.FAILURE)
+        if not self._respond(command.device_id, command.tag, code, command.pasid) and self.on_unexpected is not None:
+            self.on_unexpected(command.device_id)
 
     def _refuse(self, record: FaultRecord) -> None:
         """The answer to a group comes once, after its last request."""
         if record.last and record.group is not None:
             self._respond(record.rid, record.group, Code.INVALID, record.pasid)
 
-    def _respond(self, rid: int, group: int, code: Code, pasid: int | None) -> None:
+    def _respond(self, rid: int, group: int, code: Code, pasid: int | None) -> bool:
         try:
             self._context.page_response(rid, group, code, pasid)
         except IoasidError:
             self.unexpected += 1
+            return False
+        return True
