@@ -40,9 +40,9 @@ READ, WRITE = 1 << 61, 1 << 62
 
 IOVA = 0x7_1234_5000  # 35 bits, so that every level of four indexes something
 
-# What the Extended Feature Register offers (section 3.3.1): PPR, NX, GT, IA, GA; HATS six levels, GATS five, GLX three;
-# PASIDs of 16 bits, US; GIo, HA, EPH, HD
-OFFERED = 0b1101_1010 | 2 << 10 | 1 << 12 | 2 << 14 | 15 << 32 | 1 << 37 | 1 << 48 | 1 << 49 | 1 << 50 | 1 << 52
+# What the Extended Feature Register offers (section 3.3.1): PreF, PPR, NX, GT, IA, GA; HATS six levels, GATS five, GLX
+# three; PASIDs of 16 bits, US; GIo, HA, EPH, HD
+OFFERED = 0b1101_1011 | 2 << 10 | 1 << 12 | 2 << 14 | 15 << 32 | 1 << 37 | 1 << 48 | 1 << 49 | 1 << 50 | 1 << 52
 
 # Event codes and flags (section 2.5)
 ILLEGAL_ENTRY, PAGE_FAULT, DEVICE_TABLE_ERROR, PAGE_TABLE_ERROR, ILLEGAL_COMMAND, COMMAND_ERROR = 1, 2, 3, 4, 5, 6
@@ -129,6 +129,12 @@ def invalidate_device_tlb(
 
 def invalidate_interrupts(device: int) -> bytes:
     return struct.pack("<QQ", 5 << 60 | device, 0)
+
+
+def prefetch(device: int, address: int, count: int = 1, *, pasid: int | None = None, anew: bool = False) -> bytes:
+    """Count 31:24, Inval 68; with GN (66) a PASID in 51:32."""
+    guest = 0 if pasid is None else 4
+    return struct.pack("<QQ", 6 << 60 | (pasid or 0) << 32 | count << 24 | device, address | anew << 4 | guest)
 
 
 def complete_ppr(device: int, tag: int, code: int = 0, pasid: int | None = None) -> bytes:

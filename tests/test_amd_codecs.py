@@ -15,6 +15,7 @@ from amd_driver import (
     invalidate_entry,
     invalidate_interrupts,
     parse_event,
+    prefetch,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +33,7 @@ from backend.viommu.amd.commands import (
     InvalidateInterruptTable,
     InvalidatePages,
     Opcode,
+    PrefetchPages,
     address_range,
     decode,
 )
@@ -47,6 +49,7 @@ from backend.viommu.amd.features import (
     pasid_bits,
 )
 
+PREFETCH = 1 << 0
 IA, GT, PPR, GIO, HA, EPH, HD = 1 << 6, 1 << 4, 1 << 1, 1 << 48, 1 << 49, 1 << 50, 1 << 52
 
 
@@ -62,12 +65,14 @@ COMMAND_FIELDS = {
     3: (bits((47, 32)), bits((0, 0), (1, 1), (63, 12))),
     4: (bits((15, 0), (31, 24), (47, 32)), bits((0, 0), (63, 12))),
     5: (bits((15, 0)), 0),
+    6: (bits((15, 0), (31, 24)), bits((0, 0), (4, 4), (63, 12))),
     7: (bits((15, 0)), bits((41, 32), (47, 44))),
     8: (0, 0),
 }
 GUEST_FIELDS = {
     3: (bits((19, 0)), bits((2, 2))),
     4: (bits((23, 16), (59, 48)), bits((2, 2))),
+    6: (bits((51, 32)), bits((2, 2))),
     7: (bits((51, 32)), bits((2, 2))),
 }
 
@@ -177,6 +182,16 @@ class TestCommands:
                 InvalidatePages(7, AddressRange(0x5000, 0x1000), directories=False, pasid=0xA1234),
             ),
             (invalidate_interrupts(0x18), 5, InvalidateInterruptTable(0x18)),
+            (
+                prefetch(0x18, 0x9000, 4),
+                6,
+                PrefetchPages(0x18, AddressRange(0x9000, 0x1000), 4, None, invalidate=False),
+            ),
+            (
+                prefetch(0x18, 0x9001, 0xFF, pasid=0xA1234, anew=True),
+                6,
+                PrefetchPages(0x18, AddressRange(0x8000, 0x4000), 0xFF, 0xA1234, invalidate=True),
+            ),
             (complete_ppr(0x18, 0x1FF, 1), 7, CompletePpr(0x18, 0x1FF, 1, None)),
             (complete_ppr(0x18, 0x200, 15, 0xF1234), 7, CompletePpr(0x18, 0, 15, 0xF1234)),  # LAST is no part of a tag
             (invalidate_all(), 8, InvalidateAll()),
@@ -190,7 +205,9 @@ class TestCommands:
         with pytest.raises(IllegalCommand, match=f"{number:#x}"):
             decode(struct.pack("<QQ", number << 60, 0), EFR)
 
-    @pytest.mark.parametrize(("raw", "feature"), [(invalidate_all(), IA), (complete_ppr(1, 1), PPR)])
+    @pytest.mark.parametrize(
+        ("raw", "feature"), [(invalidate_all(), IA), (complete_ppr(1, 1), PPR), (prefetch(1, 0), PREFETCH)]
+    )
     def test_commands_that_need_a_feature(self, raw: bytes, feature: int) -> None:
         decode(raw, EFR)
         with pytest.raises(IllegalCommand, match="does not offer"):

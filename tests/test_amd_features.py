@@ -25,6 +25,7 @@ from amd_driver import (
     guest_entry,
     invalidate_all,
     invalidate_device_tlb,
+    prefetch,
     reason,
 )
 from guest_ram import PAGE
@@ -66,6 +67,16 @@ def controls(vm: Vm, *bits: int) -> set[int]:
     """Which bits of the control register can be set."""
     vm.control(set_=sum(1 << bit for bit in bits))
     return {bit for bit in bits if vm.read(CONTROL) >> bit & 1}
+
+
+def prefetches(vm: Vm) -> None:
+    vm.translate().map(IOVA, DATA)
+    assert taken(vm, prefetch(ENDPOINT, IOVA))
+    (ioasid,) = vm.iommu.domains.ioasids.values()
+    before = vm.context.get_info(ioasid).counters
+    assert isinstance(vm.endpoint.read(IOVA, 1), bytes)
+    after = vm.context.get_info(ioasid).counters
+    assert (after.iotlb_hits, after.iotlb_misses) == (before.iotlb_hits + 1, before.iotlb_misses)
 
 
 def ppr(vm: Vm) -> None:
@@ -160,6 +171,7 @@ def enhanced_ppr(vm: Vm) -> None:
 
 
 BEHAVIOUR: dict[str, Callable[[Vm], None]] = {
+    "PreFSup": prefetches,
     "PPRSup": ppr,
     "NXSup": no_execute,
     "GTSup": guest_translation,
@@ -178,7 +190,6 @@ BEHAVIOUR: dict[str, Callable[[Vm], None]] = {
 
 # Control bits and registers (section 3.3.1) of each feature that is not offered, and commands (2.4) with its bits
 ABSENT: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[bytes, ...]]] = {
-    "PreFSup": ((), (), (struct.pack("<QQ", 6 << 60 | ENDPOINT, 0x5000),)),
     "XTSup": ((50, 51), (0x170, 0x178, 0x180), ()),
     "GAPPISup": ((55,), (), ()),
     "HESup": ((), (0x40, 0x48, 0x50), ()),

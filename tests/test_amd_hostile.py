@@ -39,6 +39,7 @@ from amd_driver import (
     invalidate_device_tlb,
     invalidate_entry,
     invalidate_pages,
+    prefetch,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,6 +81,8 @@ commands = st.one_of(
             invalidate_device_tlb(ENDPOINT, 0x5000),
             invalidate_device_tlb(ENDPOINT, 0x5000, pasid=5),
             complete_ppr(ENDPOINT, 1),
+            prefetch(ENDPOINT, 0x5000, 255),
+            prefetch(SECOND, 0xFFFF_FFFF_FFFF_F001, 255, pasid=5, anew=True),
             complete_ppr(SECOND, 2, 1),
         ]
     ),

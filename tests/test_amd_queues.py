@@ -103,7 +103,7 @@ class TestCommands:
         "bad",
         [
             struct.pack("<QQ", 0, 0),
-            struct.pack("<QQ", 6 << 60 | ENDPOINT, 0),  # PREFETCH_IOMMU_PAGES: PreFSup is clear
+            struct.pack("<QQ", 6 << 60 | ENDPOINT | 1 << 16, 0),  # PREFETCH_IOMMU_PAGES: a reserved bit
             struct.pack("<QQ", 7 << 60 | ENDPOINT, 1 << 42),  # COMPLETE_PPR_REQUEST: between tag and code
             struct.pack("<QQ", 15 << 60, 0),
             struct.pack("<QQ", 8 << 60 | 1, 0),

@@ -26,12 +26,16 @@ from amd_driver import (
     TABLES,
     WRITE,
     Event,
+    Gcr3Table,
+    GuestTable,
     Vm,
     completion_wait,
     device_entry,
+    guest_entry,
     invalidate_all,
     invalidate_entry,
     invalidate_pages,
+    prefetch,
     reason,
 )
 from guest_ram import PAGE
@@ -228,6 +232,72 @@ class TestTranslation:
         (found,) = started.events()
         assert (found.code, found.address) == (PAGE_TABLE_ERROR, TABLES)
         assert not started.iommu.domains.ioasids
+
+
+class TestPrefetch:
+    """PREFETCH_IOMMU_PAGES (section 2.4.6): a hint, of which nothing is told."""
+
+    def hits(self, vm: Vm, iovas: list[int], pasid: int | None = None) -> list[bool]:
+        """Which of the reads find their translations in the IOTLB."""
+        found = []
+        for iova in iovas:
+            before = vm.engine.core.counters().iotlb_hits
+            assert isinstance(vm.endpoint.read(iova, 1, pasid), bytes)
+            found.append(vm.engine.core.counters().iotlb_hits > before)
+        return found
+
+    def test_pages_in_a_row(self, started: Vm) -> None:
+        table = started.translate()
+        pages = [IOVA + page * PAGE for page in range(20)]
+        for page in pages:
+            table.map(page, DATA)
+        requests = started.endpoint.counters.requests
+        started.submit(prefetch(ENDPOINT, IOVA, 3))
+        assert started.endpoint.counters.requests == requests
+        assert self.hits(started, pages[:5]) == [True, True, True, False, False]
+        started.submit(invalidate_all(), prefetch(ENDPOINT, IOVA, 255))
+        assert self.hits(started, pages) == [True] * 16 + [False] * 4
+
+    def test_of_a_pasid(self, started: Vm) -> None:
+        gcr3 = Gcr3Table(started.ram, TABLES, 1)
+        table = GuestTable(started.ram, TABLES + 16 * PAGE)
+        table.map(IOVA, DATA)
+        gcr3.set(5, table.root | 1)
+        started.set_entry(ENDPOINT, guest_entry(gcr3.root, domain=7))
+        started.submit(prefetch(ENDPOINT, IOVA, pasid=5))
+        assert table.get(IOVA) & 0x60 == 0x20  # accessed
+        assert self.hits(started, [IOVA], 5) == [True]
+
+    def test_anew(self, started: Vm) -> None:
+        table = started.translate()
+        table.map(IOVA, DATA)
+        started.ram.poke(DATA, b"old")
+        started.ram.poke(DATA + PAGE, b"new")
+        assert started.endpoint.read(IOVA, 3) == b"old"
+        table.map(IOVA, DATA + PAGE)
+        started.submit(prefetch(ENDPOINT, IOVA))
+        assert started.endpoint.read(IOVA, 3) == b"old"
+        started.submit(prefetch(ENDPOINT, IOVA, anew=True))
+        assert started.endpoint.read(IOVA, 3) == b"new"
+
+    def test_what_is_not_there_is_told_to_nobody(self, started: Vm) -> None:
+        table = started.translate()
+        table.set(IOVA + PAGE, 1 | DATA | 1 << 52)
+        faults = started.engine.core.counters().faults
+        started.engine.core.faults()
+        started.submit(
+            prefetch(ENDPOINT, IOVA, 4),
+            prefetch(ENDPOINT, IOVA, 4, pasid=5),
+            prefetch(0x1234, IOVA),
+            prefetch(ENDPOINT, (1 << 64) - PAGE, 255),
+            prefetch(ENDPOINT, 0xFEE0_0000),
+        )
+        started.set_entry(ENDPOINT, device_entry(TABLES, 7))
+        started.submit(prefetch(ENDPOINT, IOVA))
+        assert started.wait()
+        assert started.events() == []
+        assert started.engine.core.faults() == []
+        assert started.engine.core.counters().faults == faults
 
 
 class TestStage2Permission:

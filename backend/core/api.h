@@ -304,6 +304,9 @@ typedef struct {
     uint32_t access; /* that a cached entry may serve: writes only if there is no dirty bit left to set */
 } vio_translated;
 
+/* ats.c: translate a page as for a read, so that the IOTLB knows it; not counted, and no fault if there is none. */
+int vio_prefetch(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova);
+
 /*
  * ats.c: a translation request for the pages of [iova, iova + length): as many as `room` leaves into out[], neighbours
  * made one; how many in *count. VIO_FAULT: where they end, nothing of `access` is to be had, vio_last_fault telling why.

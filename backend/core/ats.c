@@ -85,6 +85,22 @@ static int run_ats(struct guard *guard, void *context)
     return 0;
 }
 
+static int run_prefetch(struct guard *guard, void *context)
+{
+    struct job *job = context;
+
+    return request_translate(job, &job->request, guard);
+}
+
+int vio_prefetch(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova)
+{
+    struct job job = {.engine = engine,
+                      .request = {.rid = rid, .pasid = pasid, .need = VIO_READ, .prefetch = true, .iova = iova}};
+    int status = job_run(&job, run_prefetch);
+
+    return status > 0 ? VIO_OK : status; /* there may be nothing to know */
+}
+
 int vio_ats(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint64_t length, uint32_t access,
             vio_translated *out, uint64_t room, uint64_t *count)
 {

@@ -291,8 +291,9 @@ int job_run(struct job *job, job_body body)
         if (unread && (reason = pasid_keep(job->engine, &found)))
             return reason;
     }
-    missed = is_miss(&job->request, reason);
-    account(job, &job->request, reason > 0 && !missed && job->at == &job->request);
+    missed = job->request.prefetch || is_miss(&job->request, reason);
+    if (!job->request.prefetch)
+        account(job, &job->request, reason > 0 && !missed && job->at == &job->request);
     if (job->second && job->second->begun)
         account(job, job->second, reason > 0 && job->at == job->second);
     if (reason > 0) {

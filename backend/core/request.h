@@ -26,6 +26,7 @@ struct request {
     uint32_t rid, pasid;
     unsigned need;
     bool ats;   /* it is a translation request: part of what it needs is better than nothing */
+    bool prefetch; /* nobody asked: it is not counted, and whatever is wrong is told to nobody */
     bool begun;
     /* found anew each time the gate is passed */
     struct route *route;

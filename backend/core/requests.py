@@ -83,6 +83,13 @@ class Requests:
         check(min(status, 0))
         return Translations(**dict(zip(WIDE_ANSWERS + NARROW_ANSWERS, wide + narrow, strict=True)))
 
+    def prefetch(self, rid: int, iova: int, *, pasid: int | None = None) -> None:
+        """Have the IOTLB know the page of an address before a request needs it, if it can be read.
+
+        Accessed bits are set as a read would; else nobody learns of it: it is not counted, and no fault.
+        """
+        check(lib.vio_prefetch(self._engine, small(rid), pasid_of(pasid), iova))
+
     def ats(self, rid: int, iova: int, length: int, access: Access, *, pasid: int | None = None) -> AtsReply:
         """Answer a translation request (ATS) for the pages of [iova, iova + length).
 

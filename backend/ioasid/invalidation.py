@@ -15,8 +15,9 @@ from .changes import Change, What
 from .checks import Checks, within_limits
 from .device import Device
 from .errors import IoasidError
+from .formats import PAGE_SIZE
 from .kinds import Kind
-from .limits import MAX_RID
+from .limits import MAX_PREFETCH, MAX_RID
 from .spaces import Space
 
 
@@ -204,6 +205,20 @@ class InvalidationCommands(Checks):
         if not users:
             raise command.refuse(errno.EINVAL, f"no device is attached to IOASID {space.ioasid} as PASID {what.pasid}")
         return users
+
+    def prefetch(self, rid: int, iova: int, size: int, *, pasid: int | None = None) -> None:
+        """PREFETCH: the IOTLB learns what reads of a device would find, page by page; where there is nothing, or the
+        device has no route, it learns nothing, and nobody is told."""
+        command = cmd.PREFETCH
+        device = self._bound(command, rid, rid=rid, iova=iova, size=size, pasid=pasid)
+        command.check_range("iova", iova, size)
+        if size > MAX_PREFETCH:
+            raise command.refuse(errno.EINVAL, f"{size:#x} bytes at once: {MAX_PREFETCH:#x} at most, ask in parts")
+        physical = device.physical(pasid) if pasid is not None else None
+        if pasid is not None and physical is None:
+            return
+        for page in range(iova, iova + size, PAGE_SIZE):
+            self._core.prefetch(rid, page, pasid=physical)
 
     def lookup(self, ioasid: int, iova: int, *, pasid: int | None = None, access: Access = Access.READ) -> Path:
         """LOOKUP: what a request for one byte would go through now, every entry of both stages past all caches, and

@@ -40,6 +40,9 @@ MAX_FAULTS = 1024
 MAX_ENTRIES = 4096
 """Entries of one INVALIDATE_CACHE: a page of 16-byte descriptors holds 256 of them, a guest's queue a few pages."""
 
+MAX_PREFETCH = 1 << 20
+"""Bytes of one PREFETCH, whose pages are walked one after the other: as many as AMD-Vi's command counts, in 4 KiB."""
+
 MAX_NAMES = 16
 """Names in a list: more than any format has options."""
 

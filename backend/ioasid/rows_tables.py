@@ -3,7 +3,7 @@
 import errno
 
 from .command import Command, Field, Unit
-from .rows import FORMAT, IOASID, NO_DEVICE, NOT_BOUND, ON_USER, PASID, UNKNOWN, WRONG
+from .rows import FORMAT, IOASID, IOVA, NO_DEVICE, NOT_BOUND, ON_USER, PASID, RID, SIZE, UNKNOWN, WRONG
 
 _BIND_ERRORS = {
     errno.ENOENT: UNKNOWN,
@@ -109,4 +109,17 @@ LOOKUP = Command(
     answer="Path",
 )
 
-ROWS = (BIND_PGTABLE, UNBIND_PGTABLE, BIND_PASID_TABLE, UNBIND_PASID_TABLE, INVALIDATE_CACHE, LOOKUP)
+PREFETCH = Command(
+    "PREFETCH",
+    None,
+    "translations that a device will need are looked for now, as its reads would; nothing happens where there are none",
+    (RID, IOVA, SIZE, PASID),
+    errors={
+        errno.EINVAL: f"{WRONG}, more than 1 MiB, or {NOT_BOUND}",
+        errno.ENODEV: NO_DEVICE,
+        errno.EOVERFLOW: "iova + size wraps",
+    },
+    group="vfio",
+)
+
+ROWS = (BIND_PGTABLE, UNBIND_PGTABLE, BIND_PASID_TABLE, UNBIND_PASID_TABLE, INVALIDATE_CACHE, LOOKUP, PREFETCH)

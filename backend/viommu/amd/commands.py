@@ -71,6 +71,17 @@ class InvalidateInterruptTable:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchPages:
+    """A hint: translations that will be needed soon."""
+
+    device_id: int
+    range: AddressRange  # of the first translation
+    count: int  # PFCount: of translations of that size, one after the other; 0 is one
+    pasid: int | None  # GN
+    invalidate: bool  # what is cached of them is forgotten before
+
+
+@dataclass(frozen=True, slots=True)
 class CompletePpr:
     device_id: int
     tag: int  # of the request, without its LAST bit
@@ -89,6 +100,7 @@ Command = (
     | InvalidatePages
     | InvalidateDeviceTlb
     | InvalidateInterruptTable
+    | PrefetchPages
     | CompletePpr
     | InvalidateAll
 )
@@ -138,6 +150,11 @@ def _invalidate_interrupt_table(low: int, _high: int) -> Command:
     return InvalidateInterruptTable(low & 0xFFFF)
 
 
+def _prefetch_pages(low: int, high: int) -> Command:
+    pasid = low >> 32 & 0xF_FFFF if high & _GN else None
+    return PrefetchPages(low & 0xFFFF, address_range(high), low >> 24 & 0xFF, pasid, invalidate=bool(high >> 4 & 1))
+
+
 def _complete_ppr(low: int, high: int) -> Command:
     pasid = low >> 32 & 0xF_FFFF if high & _GN else None
     return CompletePpr(low & 0xFFFF, high >> 32 & 0x1FF, high >> 44 & 0xF, pasid)
@@ -175,6 +192,15 @@ _FORMATS = (
         _GN,
     ),
     _Format(Opcode.INVALIDATE_INTERRUPT_TABLE, 0xFFFF, 0, 0, _invalidate_interrupt_table),
+    _Format(
+        Opcode.PREFETCH_IOMMU_PAGES,
+        0xFF00_FFFF,
+        _PAGE | 1 << 4 | 1,
+        int(Efr.PREFETCH),
+        _prefetch_pages,
+        0x000F_FFFF_0000_0000,
+        _GN,
+    ),
     _Format(
         Opcode.COMPLETE_PPR_REQUEST,
         0xFFFF,

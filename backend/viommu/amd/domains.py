@@ -13,12 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from backend.ioasid import Context, IoasidError, PasidTableFormat, PgtableFormat, Untagged
+from backend.ioasid import PAGE_SIZE, Context, IoasidError, PasidTableFormat, PgtableFormat, Untagged
 from backend.viommu.amd.commands import AddressRange
 from backend.viommu.amd.device_table import Decision, GuestTables, Verdict
 from backend.viommu.amd.features import PASID_BITS
 
 _IOMMU_CACHES = ("iotlb", "pasid")  # those of the IOMMU itself: a device forgets by a command of its own
+
+MOST_PREFETCHED = 16 * PAGE_SIZE
+"""By one command: a ring holds 32,768 of them, and the loop has other work."""
 
 
 class HostKey(NamedTuple):
@@ -80,6 +83,10 @@ class Domains:
     def ioasids(self) -> dict[DomainKey, int]:
         """The IOASID of each domain that is in use."""
         return {key: domain.ioasid for key, domain in self._domains.items()}
+
+    def __contains__(self, rid: int) -> bool:
+        """Whether a device has a route."""
+        return rid in self._routes
 
     def route(self, rid: int, verdict: Verdict, excluded: tuple[int, int] | None = None) -> None:
         """Route a device's requests as its entry says, but for those to the addresses [start, end) that are excluded
@@ -151,6 +158,15 @@ class Domains:
             )
         except IoasidError:
             answered()  # somebody else detached it, and it was told to forget everything then
+
+    def prefetch(self, rid: int, pasid: int | None, addresses: AddressRange, *, invalidate: bool) -> None:
+        """Look for translations that a routed device will need, from the start of a range on, as many as are looked for
+        at once; `invalidate`: anew."""
+        for key in self._routes.get(rid, ()) if invalidate else ():
+            if isinstance(key, GuestKey) == (pasid is not None) and (pasid is None or _leads(key, pasid)):
+                self._forget(self._domains[key], addresses, pasid)
+        size = min(addresses.size, MOST_PREFETCHED, (1 << 64) - addresses.start)
+        self._context.prefetch(rid, addresses.start, size, pasid=pasid)
 
     def _under(self, domain_id: int) -> Iterator[tuple[DomainKey, Domain]]:
         return ((key, domain) for key, domain in self._domains.items() if key.domain_id == domain_id)

@@ -41,7 +41,7 @@ PASID_BITS = 16
 """Of a PASID: Linux takes no more (it stops at boot where PASmax is larger), and PCI Express has 20."""
 
 EFR_FIELDS = (
-    EfrField("PreFSup", 0, 1, 0, "a prefetch would have to ask the engine for a walk, which no command of it does"),
+    EfrField("PreFSup", 0, 1, 1, "PREFETCH_IOMMU_PAGES walks ahead, and what it finds is in the IOTLB"),
     EfrField("PPRSup", 1, 1, 1, "page requests of devices in a log, answered by COMPLETE_PPR_REQUEST"),
     EfrField("XTSup", 2, 1, 0, "interrupts do not pass through this IOMMU: QEMU delivers them"),
     EfrField("NXSup", 3, 1, 1, "bit 63 of a guest table's entries forbids requests that execute"),

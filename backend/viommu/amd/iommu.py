@@ -15,6 +15,7 @@ from backend.pci.registers import WriteHook
 from backend.viommu.amd import features
 from backend.viommu.amd.command_buffer import CommandBuffer, StoreFailed
 from backend.viommu.amd.commands import (
+    AddressRange,
     Command,
     CompletePpr,
     CompletionWait,
@@ -24,6 +25,7 @@ from backend.viommu.amd.commands import (
     InvalidateInterruptTable,
     InvalidatePages,
     Opcode,
+    PrefetchPages,
 )
 from backend.viommu.amd.device_table import EVERYTHING, Decision, DeviceTable, Verdict
 from backend.viommu.amd.device_tlbs import CallLater, DeviceTlbs, call_later, time_out
@@ -323,6 +325,8 @@ class AmdIommu(PciFunction):
                 self.domains.invalidate_guest(command.domain_id, pasid, command.range)
             case InvalidateAll():
                 self._forget_all()
+            case PrefetchPages():
+                self._prefetch(command)
             case CompletePpr():
                 if command.device_id in self.endpoints:
                     self.ppr_log.complete(command)
@@ -331,6 +335,17 @@ class AmdIommu(PciFunction):
             case InvalidateInterruptTable():
                 pass  # interrupts do not pass here: nothing of them is cached
         return True
+
+    def _prefetch(self, command: PrefetchPages) -> None:
+        """A hint: what is wrong with it, or with what it finds, is told when a request meets it."""
+        rid, first = command.device_id, command.range
+        if rid not in self.endpoints or (rid not in self.domains and not self.route(rid, command.pasid)):
+            return
+        addresses = AddressRange(first.start, first.size * max(command.count, 1))
+        try:
+            self.domains.prefetch(rid, command.pasid, addresses, invalidate=command.invalidate)
+        except IoasidError as error:
+            log.debug("%s: no prefetch for RID %#06x: %s", self.name, rid, error)
 
     def _invalidate_device_tlb(self, command: InvalidateDeviceTlb, answered: Callable[[], None]) -> None:
         if command.device_id in self.endpoints:
