@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from amd_driver import (
@@ -244,3 +245,12 @@ def test_of_extended_feature_2_nothing_is_there(started: Vm) -> None:
     """GCR3TRPMode (58), IRTCacheDis (59), GstBufferTRPMode (60), TMPM (56)."""
     assert started.read(0x1A0) == 0
     assert controls(started, 56, 57, 58, 59, 60, 62, 63) == set()
+
+
+def test_the_page_has_the_fields_as_they_are() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "amd-vi.md").read_text()
+    assert f"\n{OFFERED:#x}: " in page
+    for field in EFR_FIELDS:
+        high = field.shift + field.width - 1
+        bits = str(field.shift) if field.width == 1 else f"{high}:{field.shift}"
+        assert f"| {field.name} | {bits} | {field.value} | {field.reason} |\n" in page
