@@ -388,3 +388,19 @@ def test_pasids_that_the_guest_numbers_otherwise() -> None:
         assert asked.answers == [("a", Code.SUCCESS)] * 3 and not registers.pri_status & PRI_UPRGI
     finally:
         guest.close()
+
+
+def test_a_guest_that_resets_and_never_answers_runs_out_of_indices_for_a_while(sva: Sva) -> None:
+    """512 groups wait in the guest's IOMMU; one more goes out when their time is over, and not before."""
+    for _ in range(16):
+        for _ in range(32):
+            assert sva.asked.ask("lost")
+        sva.function.reset(ResetKind.FLR)
+        sva.registers.enable_all()
+    assert sva.asked.answers == [("lost", Code.FAILURE)] * 512
+    assert sva.asked.requests.capacity == 0 and sva.asked.ask("waits")
+    assert len(sva.records()) == 512 and sva.records() == []
+    sva.guest.clock.now += 11
+    sva.guest.engine.expire()
+    assert len(sva.records()) == 1 and sva.asked.requests.capacity == 31
+    assert len(sva.asked.answers) == 512, "nobody is answered twice"

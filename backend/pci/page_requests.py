@@ -150,15 +150,15 @@ class PageRequests:
         group = self._sent.pop(index, None)
         if group is None:
             self.unexpected()
-            return
-        self._credits -= len(group.pages)
-        if answer.code == Code.FAILURE:
-            self._failed = True
-            self._set_status(RESPONSE_FAILURE)
-            self._end(group, *self._take_all())
         else:
-            self._end_one(group, answer.code)
-        self._stopped_yet()
+            self._credits -= len(group.pages)
+            if answer.code == Code.FAILURE:
+                self._failed = True
+                self._set_status(RESPONSE_FAILURE)
+                self._end(group, *self._take_all())
+            else:
+                self._end_one(group, answer.code)
+            self._stopped_yet()
         self._send_what_can_be()
 
     # What the guest does
