@@ -119,7 +119,7 @@ class Ring:
 class Host:
     """A machine with one engine. `memory` in bytes, all of it mapped for requests without PASID."""
 
-    def __init__(self, *, memory: int = 8 * MIB, queues: int = 8) -> None:
+    def __init__(self, *, memory: int = 8 * MIB, queues: int = 8, pasids: bool = True) -> None:
         self.ram = Ram(memory)
         self.engine = Engine()
         self.context = self.engine.open()
@@ -129,7 +129,7 @@ class Host:
         self.device = self.engine.add_device(RID, "dma")
         self.context.bind_device(RID)
         self.context.attach(RID, self.space)
-        self.function = DmaEngine(name="dma", queues=queues)
+        self.function = DmaEngine(name="dma", queues=queues, pasids=pasids)
         self.function.connect_dma(self.device.port)
         self.interrupts: list[int] = []
         self.function.connect_interrupts(self._interrupted)

@@ -118,6 +118,25 @@ def test_doorbell_pages_of_queues_that_are_not_there_do_nothing() -> None:
     host.close()
 
 
+def test_a_plain_device_moves_the_kernel_s_memory_alone() -> None:
+    """Without PASID, ATS and PRI: it has none of their capabilities, and a job in a PASID reaches nothing."""
+    host = Host(pasids=False)
+    assert host.function.config.read(0x100, 4) == 0
+    assert (host.function.page_requests, host.function.tlb) == (None, None)
+    assert host.reg("FEATURES") == 0
+    ring = Ring(host, 0, 4)
+    ring.start(VDMA["CONTROL_UNTAGGED"] | VDMA["CONTROL_PASID"], pasid=1)
+    target = host.allocate()
+    where = ring.push("FILL", target=target, length=8, value=7)
+    tagged = ring.push("FILL", target=target, length=8, value=9, flags=VDMA["FLAG_TARGET_PASID"])
+    ring.doorbell()
+    assert host.record(where).status == VDMA["STATUS_SUCCESS"]
+    record = host.record(tagged)
+    assert (record.status, record.reason) == (VDMA["STATUS_FAULT"], VDMA["REASON_PASID_OFF"])
+    assert host.peek(target, 8) == (7).to_bytes(8, "little")
+    host.close()
+
+
 def test_settings_are_fixed_while_a_queue_runs(host: Host) -> None:
     ring = Ring(host, 3, 6)
     ring.start()

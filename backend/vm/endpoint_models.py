@@ -32,7 +32,12 @@ def _dma_engine(name: str, _namespace: Namespace | None) -> PciFunction:
     return DmaEngine(name=name)
 
 
+def _plain_dma_engine(name: str, _namespace: Namespace | None) -> PciFunction:
+    return DmaEngine(name=name, pasids=False)
+
+
 ENDPOINT_MODELS: Mapping[str, EndpointModel] = {
     "nvme": EndpointModel(_nvme, disk=True),
     "dma-engine": EndpointModel(_dma_engine, pasids=True),
+    "dma-engine-plain": EndpointModel(_plain_dma_engine),
 }

@@ -51,6 +51,17 @@ int engine_file(int number)
 	return fd;
 }
 
+int shared_engine(int number)
+{
+	int fd = engine_file(number);
+
+	if (fd >= 0 && !(engine_info(fd).features & VDMA_FEATURE_PASID)) {
+		close(fd);
+		return -1;
+	}
+	return fd;
+}
+
 struct engine engine_open(int number)
 {
 	struct engine engine = { .fd = engine_file(number) };

@@ -1,20 +1,65 @@
-/* The driver's own tests, on kernel mappings: it makes them, this only asks for one after another. */
+/* The driver's own tests, on kernel mappings: it makes them, this only asks for one after another, of every engine. One that
+ * knows no PASIDs has a translated domain, where an IOVA is no physical address; the others' is an identity. */
 #define _GNU_SOURCE
 #include "sva.h"
 
+#include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
 static int ask(unsigned int index)
 {
-	struct vdma_selftest test = { .index = index };
-	int fd = engine_file(0);
+	int number = 0, fd;
 
-	if (fd < 0 || ioctl(fd, VDMA_IOC_SELFTEST, &test))
-		give_up("self-test %u", index);
-	close(fd);
-	printf("%s\n", test.text);
-	return (int)test.outcome;
+	for (; (fd = engine_file(number)) >= 0; number++) {
+		struct vdma_selftest test = { .index = index };
+
+		if (ioctl(fd, VDMA_IOC_SELFTEST, &test))
+			give_up("self-test %u of engine %d", index, number);
+		close(fd);
+		if (test.outcome != PASS) {
+			printf("engine %d: %s\n", number, test.text);
+			return (int)test.outcome;
+		}
+		if (!number)
+			printf("%s", test.text);
+	}
+	printf(", on each of %d engines\n", number);
+	return number ? PASS : ERROR;
+}
+
+/* The group's type of an engine, "" where sysfs does not tell. */
+static void domain_of(int number, char *type, int size)
+{
+	char path[80];
+
+	snprintf(path, sizeof(path), "/sys/class/misc/vioasid-dma%d/device/iommu_group/type", number);
+	FILE *file = fopen(path, "re");
+
+	type[0] = '\0';
+	if (!file)
+		return;
+	if (fgets(type, size, file))
+		type[strcspn(type, "\n")] = '\0';
+	fclose(file);
+}
+
+/* Processes' engines bypass translation for the kernel's own DMA, plain ones must not. */
+static int test_domains(void)
+{
+	char type[32];
+	int number = 0, fd, plain = 0;
+
+	for (; (fd = engine_file(number)) >= 0; number++) {
+		int tagged = engine_info(fd).features & VDMA_FEATURE_PASID;
+
+		close(fd);
+		domain_of(number, type, sizeof(type));
+		plain += !tagged;
+		CHECK(tagged ? !strcmp(type, "identity") : !strncmp(type, "DMA", 3), "engine %d, with%s PASIDs, is in a group of type %s",
+		      number, tagged ? "" : "out", type);
+	}
+	return passed("%d engines, %d of them in a translated domain", number, plain);
 }
 
 /* In the order of the driver's table (vdma_selftest.c), whose names these repeat. */
@@ -41,6 +86,7 @@ static int test_no_other(void)
 }
 
 static const struct sva_test tests[] = {
+	{ "domains", test_domains },
 	{ "coherent", test_coherent },
 	{ "streaming", test_streaming },
 	{ "bidirectional", test_bidirectional },

@@ -58,6 +58,7 @@ struct engine {
 };
 
 int engine_file(int number); /* /dev/vioasid-dmaNUMBER, not bound; -1 where there is none */
+int shared_engine(int number); /* the same; -1 also where it knows no PASIDs */
 struct engine engine_open(int number); /* bound */
 void engine_bind(struct engine *engine);
 void engine_unbind(struct engine *engine);

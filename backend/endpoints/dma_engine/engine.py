@@ -55,7 +55,10 @@ class DmaEngine(PciFunction):
     others run; work is done in slices, queue by queue, and after a bounded run the event loop has its turn.
     """
 
-    def __init__(self, *, name: str = "dma", queues: int = 8, force_bus_master: bool = False) -> None:
+    def __init__(
+        self, *, name: str = "dma", queues: int = 8, pasids: bool = True, force_bus_master: bool = False
+    ) -> None:
+        """`pasids`: with what serves processes, PASID, ATS and PRI; else its DMA is the kernel's alone."""
         if not 1 <= queues <= registers.QUEUES_MAX:
             raise ValueError(f"{name}: {queues} queues: give 1 to {registers.QUEUES_MAX}")
         self._registers = registers.new_table(queues, sum(1 << opcode for opcode in Opcode))
@@ -72,9 +75,7 @@ class DmaEngine(PciFunction):
                     table_offset=registers.MSIX_TABLE,
                     pba_offset=registers.MSIX_PENDING,
                 ),
-                Ats(),
-                Pri(outstanding=PAGE_REQUESTS_MAX),
-                Pasid(width=PASID_WIDTH),
+                *((Ats(), Pri(outstanding=PAGE_REQUESTS_MAX), Pasid(width=PASID_WIDTH)) if pasids else ()),
             ),
             force_bus_master=force_bus_master,
         )
