@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from core_guest import Ram
+from core_sanitizers import build, run
 from withheld_memory import PAGE, Withholding, helpers_of, threads_of, withholding
 
 from backend.core import (
@@ -377,3 +378,13 @@ def test_patience_is_bounded() -> None:
     for patience in (0, 3601, -1):
         with pytest.raises(BadValueError):
             Core(patience=patience)
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_nothing_stale_is_used(tmp_path: Path, sanitizers: str) -> None:
+    """core_errand_driver.c: requests in another process's memory against changes that break them off in the middle.
+    VIOASID_STALE_SECONDS=60 looks that long."""
+    driver = build(tmp_path, sanitizers, "core_errand_driver.c")
+    seconds = float(os.environ.get("VIOASID_STALE_SECONDS", "1.5"))
+    words = run(driver, "1", str(int(seconds * 1000)), seconds=60 + seconds).split()
+    assert int(words[0]) > 50 and int(words[2]) > 20, "too little happened to tell"

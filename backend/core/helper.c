@@ -20,6 +20,8 @@
 /* helper->turn. The kernel itself writes the first one, and wakes who waits, when the process has ended (set_tid_address(2)). */
 enum { DEAD = 0, FREE = 1, ASKED = 2, ANSWERED = 3, HURRIED = 4 };
 
+uint64_t helper_haste = HELPER_HASTE;
+
 #define STACK 16384u
 #define IDLE_MOST 4u   /* kept for the next call: a clone costs 50 us, and more than a few callers at once are rare */
 #define STUCK_MOST 16u /* each is a process that we cannot end: whoever makes more of them gets no more helpers */
@@ -161,6 +163,9 @@ void helpers_deinit(struct helpers *helpers)
     pthread_mutex_destroy(&helpers->lock);
 }
 
+/* clone(2) by the name under which no sanitizer takes it for a fork. */
+int __clone(int (*main)(void *), void *stack, int flags, void *argument, ...);
+
 static struct helper *make(void)
 {
     struct helper *helper = aligned_alloc(64, (sizeof *helper + 63) & ~(size_t)63);
@@ -175,8 +180,8 @@ static struct helper *make(void)
     /* Handlers of ours must not run there: it is born, and stays, with every signal blocked. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    helper->pid = clone(helper_main, helper->stack + STACK, CLONE_VM | CLONE_FILES | CLONE_FS | CLONE_CHILD_CLEARTID,
-                        helper, NULL, NULL, &helper->turn);
+    helper->pid = __clone(helper_main, helper->stack + STACK, CLONE_VM | CLONE_FILES | CLONE_FS | CLONE_CHILD_CLEARTID,
+                          helper, NULL, NULL, &helper->turn);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (helper->pid < 0) {
         free(helper);
@@ -295,9 +300,9 @@ enum helper_end helper_call(struct helper *helper, long number, const long argum
             return HELPER_DIED;
         now = helper_clock();
         /* Set before we had asked, or followed by helper_hurry() after that. */
-        if (!hasty && __atomic_load_n(hurried, __ATOMIC_SEQ_CST) && now + HELPER_HASTE < latest) {
+        if (!hasty && __atomic_load_n(hurried, __ATOMIC_SEQ_CST) && now + helper_haste < latest) {
             hasty = true;
-            latest = now + HELPER_HASTE;
+            latest = now + helper_haste;
         }
         if (now >= latest) {
             end(helper);
