@@ -149,6 +149,10 @@ class TestForbidden:
             (PAGE_FAULT, PASID, TR | GN)
         ]
 
+        started.set_entry(ENDPOINT, device_entry(domain=DOMAIN))  # I clear, too: that comes first
+        assert started.endpoint.translate(ADDRESS, PAGE, Access.READ, PASID).translations == ()
+        assert started.events() == [Event(INVALID_REQUEST, ENDPOINT, PASID, TR | GN | US_OF_REQUEST, ADDRESS)]
+
     def test_illegal_entries_say_that_it_was_a_translation(self, started: Vm) -> None:
         started.set_entry(ENDPOINT, device_entry(TABLES, 7, high=I_BIT))
         assert started.endpoint.translate(IOVA, PAGE, Access.WRITE).translations == ()

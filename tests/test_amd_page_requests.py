@@ -1,5 +1,7 @@
 """Page requests behind the AMD IOMMU: the PPR log, COMPLETE_PPR_REQUEST, and requests that nobody wants."""
 
+import struct
+
 import pytest
 from amd_driver import (
     COMMAND_RUN,
@@ -44,8 +46,9 @@ from amd_driver import (
 from guest_ram import PAGE
 
 from backend.core import Access
-from backend.ioasid import Code, PageResponse
+from backend.ioasid import Code, FaultRecord, PageResponse
 from backend.pci import ResetKind
+from backend.viommu.amd.ppr_log import entry
 
 PASID = 0xB005
 ADDRESS = 0x7F12_3456_7000
@@ -186,6 +189,24 @@ class TestLog:
         assert sva.interrupts == interrupts + 1
 
 
+def test_layout_of_an_entry() -> None:
+    """Section 2.6: PASID bits 15:0 in 31:16 and 19:16 in 45:42, the tag in 40:32, LAST in 41."""
+    record = FaultRecord(
+        recoverable=True,
+        ioasid=1,
+        rid=0xBEEF,
+        cookie=None,
+        pasid=0xA1234,
+        iova=ADDRESS + 0xFFF,
+        access=Access.READ | Access.WRITE,
+        group=0x155,
+        last=True,
+        reason=None,
+    )
+    low = 1 << 60 | (GN_PPR | US_PPR | READ_PPR | WRITE_PPR) << 48 | 0xA << 42 | 1 << 41 | 0x155 << 32
+    assert entry(record, 1) == struct.pack("<QQ", low | 0x1234 << 16 | 0xBEEF, ADDRESS)
+
+
 class TestOverflow:
     def test_a_full_log_discards_until_it_is_restarted(self, sva: Vm) -> None:
         device = Device(sva)
@@ -253,6 +274,7 @@ class TestRefused:
         assert device.codes() == []
         device.ask(8, iova=ADDRESS + PAGE)
         assert device.codes() == [(8, Code.INVALID)]
+        assert sva.iommu.ppr_log.unexpected == 0
         assert sva.page_requests() == []
         assert sva.status & EVENT_INT
         assert sva.interrupts == before + 1
