@@ -39,6 +39,10 @@ class Cache(StrEnum):
     """What was read of a PASID table."""
 
 
+_GRANULARITIES = frozenset(Granularity)
+_CACHES = frozenset(Cache)
+
+
 @dataclass(frozen=True, slots=True)
 class Invalidation:
     """One entry of an array; fields as in INVALIDATE_CACHE."""
@@ -146,10 +150,10 @@ class InvalidationCommands(Checks):
     def _invalidate(self, space: Space, what: Invalidation, answers: _Answers) -> None:
         command = cmd.INVALIDATE_CACHE
         granularity, iova, size, pasid = what.granularity, what.iova, what.size, what.pasid
-        if granularity not in list(Granularity):
+        if granularity not in _GRANULARITIES:
             raise command.refuse(errno.EOPNOTSUPP, f"no granularity {granularity!r}: use {', '.join(Granularity)}")
         for cache in what.caches:
-            if cache not in list(Cache):
+            if cache not in _CACHES:
                 raise command.refuse(errno.EOPNOTSUPP, f"no cache {cache!r}: use {', '.join(Cache)}")
         if granularity == Granularity.RANGE:
             if not size:
@@ -164,7 +168,7 @@ class InvalidationCommands(Checks):
         if pasid is not None and granularity not in {Granularity.PASID, Granularity.RANGE}:
             raise command.refuse(errno.EINVAL, f'granularity "{granularity}" takes no PASID: use "pasid" or "range"')
         users = self._users(space, what)
-        caches = set(what.caches) or set(Cache)
+        caches = set(what.caches) or _CACHES
         of_table = pasid if space.pasid_table is not None else None
         if caches & {Cache.IOTLB, Cache.PASID}:
             if granularity == Granularity.RANGE:

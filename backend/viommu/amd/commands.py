@@ -10,6 +10,7 @@ from backend.viommu.amd.features import Efr
 COMMAND_SIZE = 16
 _PAGE = 0xFFFF_FFFF_FFFF_F000
 _OPERAND = (1 << 60) - 1  # the first half but for the opcode
+_GUEST_TRANSLATION = int(Efr.GUEST_TRANSLATION)  # an operator of an IntFlag costs a microsecond
 _GN = 1 << 2  # bit 66: the command is about guest translations, and has a PASID
 
 
@@ -226,7 +227,7 @@ def decode(raw: bytes, efr: int) -> tuple[Opcode, Command]:
     opcode = form.opcode
     if form.requires and not efr & form.requires:
         raise IllegalCommand(f"{opcode.name} needs {Efr(form.requires)!r}, which EFR {efr:#x} does not offer")
-    guest = bool(efr & Efr.GUEST_TRANSLATION)
+    guest = bool(efr & _GUEST_TRANSLATION)
     reserved_low = low & ~(form.low | form.guest_low * guest) & _OPERAND
     reserved_high = high & ~(form.high | form.guest_high * guest)
     if reserved_low or reserved_high:

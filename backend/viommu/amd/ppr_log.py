@@ -35,6 +35,14 @@ class PprFlag:
     GN = 1 << 8  # with a PASID
 
 
+_ACCESSES = (
+    (int(Access.READ), PprFlag.READ),
+    (int(Access.WRITE), PprFlag.WRITE),
+    (int(Access.EXECUTE), PprFlag.EXECUTE),
+)
+_PRIVILEGED = int(Access.PRIVILEGED)
+
+
 def entry(record: FaultRecord, code: int) -> bytes:
     """Lay out a page request as an entry of the PPR log, or as an INVALID_PPR_REQUEST event; they differ in the code.
 
@@ -43,13 +51,10 @@ def entry(record: FaultRecord, code: int) -> bytes:
     """
     pasid = record.pasid or 0
     flags = PprFlag.GN if record.pasid is not None else 0
-    for access, flag in (
-        (Access.READ, PprFlag.READ),
-        (Access.WRITE, PprFlag.WRITE),
-        (Access.EXECUTE, PprFlag.EXECUTE),
-    ):
-        flags |= flag if record.access & access else 0
-    flags |= 0 if record.access & Access.PRIVILEGED else PprFlag.US
+    access = int(record.access)
+    for asked, flag in _ACCESSES:
+        flags |= flag if access & asked else 0
+    flags |= 0 if access & _PRIVILEGED else PprFlag.US
     tag = (record.group or 0) | (_LAST if record.last else 0)
     low = record.rid | (pasid & 0xFFFF) << 16 | tag << 32 | (pasid >> 16 & 0xF) << 42 | flags << 48 | code << 60
     return low.to_bytes(8, "little") + (record.iova & ~0xFFF).to_bytes(8, "little")
