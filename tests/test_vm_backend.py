@@ -36,8 +36,10 @@ def rid_of(backend: Backend, name: str) -> int:
 
 def test_each_endpoint_has_its_iommu(two: Backend) -> None:
     behind = {name: two.iommu_of(rid_of(two, name)).name for name in two.endpoints}
-    assert behind == {"nvme0": "iommu0", "nvme1": "iommu1", "nvme2": "iommu1", "dma0": "iommu1"}
-    assert two.iommus["iommu0"].endpoints == {0x100}
+    assert behind == {
+        "nvme0": "iommu0", "nvme1": "iommu1", "nvme2": "iommu1", "dma0": "iommu1", "dma1": "iommu0",
+    }  # fmt: skip
+    assert two.iommus["iommu0"].endpoints == {0x100, 0x48}
     assert two.iommus["iommu1"].endpoints == {0x200, 0x28, 0x300}
 
 

@@ -116,8 +116,8 @@ MUTATIONS = (
         "answer-by-pasid",
         "COMPLETE_PPR_REQUEST is matched by its PASID too, which the guest leaves at 0",
         f"{AMD}/ppr_log.py",
-        "_CODES.get(command.code, Code.FAILURE), command.pasid)",
-        "_CODES.get(command.code, Code.FAILURE), command.pasid or 0)",
+        "self._respond(command.device_id, command.tag, code, command.pasid)",
+        "self._respond(command.device_id, command.tag, code, command.pasid or 0)",
     ),
     Mutation(
         "success-is-failure",
@@ -144,8 +144,8 @@ MUTATIONS = (
         "write-asked-as-read",
         "a page request for a write asks for a read",
         f"{AMD}/ppr_log.py",
-        "(Access.WRITE, PprFlag.WRITE)",
-        "(Access.WRITE, PprFlag.READ)",
+        "(int(Access.WRITE), PprFlag.WRITE)",
+        "(int(Access.WRITE), PprFlag.READ)",
     ),
     # The function
     Mutation(
