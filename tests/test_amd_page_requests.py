@@ -130,6 +130,21 @@ class TestLog:
         sva.submit(complete_ppr(ENDPOINT, 3, 15))
         assert device.codes() == [(3, Code.FAILURE)]
 
+    def test_a_device_whose_entry_was_not_read_yet(self, sva: Vm) -> None:
+        sva.submit(invalidate_entry(ENDPOINT))
+        device = Device(sva)
+        device.ask()
+        assert [each.pasid for each in sva.page_requests()] == [PASID]
+        sva.submit(complete_ppr(ENDPOINT, 3))
+        assert device.codes() == [(3, Code.SUCCESS)]
+
+    def test_a_pasid_where_there_is_no_guest_translation(self, sva: Vm) -> None:
+        sva.set_entry(ENDPOINT, device_entry(low=3 | READ | WRITE | PPR))
+        device = Device(sva)
+        device.ask()
+        assert device.codes() == [(3, Code.INVALID)]
+        assert sva.page_requests() == []
+
     @pytest.mark.parametrize(
         ("code", "answer"),
         [(0, Code.SUCCESS), (1, Code.INVALID), (2, Code.FAILURE), (7, Code.FAILURE), (15, Code.FAILURE)],

@@ -216,10 +216,12 @@ class Device:
         A group of requests, ended by one with `last`, gets one answer, through the `answer` of its newest request:
         success: translate again; invalid: there is nothing to be had; failure: ask no more. It may come before this
         returns: where nobody could answer, or the context has too many waiting. A group that was not answered yet
-        takes no further request once `last` came: that one is invalid.
+        takes no further request once `last` came: that one is invalid. As of DMA, a route that is not known is asked
+        for once.
         """
-        attachment = self.routed(pasid)
-        space = attachment.space if attachment is not None else self.delegated if pasid is not None else None
+        space = self._space_of(pasid)
+        if space is None and self.engine.find_route(self.rid, pasid):
+            space = self._space_of(pasid)
         if self.context is None or space is None or space.kind not in {Kind.KERNEL, Kind.USER}:
             answer(PageResponse(self.rid, self.virtual(pasid), group, Code.INVALID))
             return
@@ -236,6 +238,11 @@ class Device:
             reason=None,
         )
         self.context.faults.request(self, pasid, record, answer)
+
+    def _space_of(self, pasid: int | None) -> Space | None:
+        """Where requests with a PASID, or without one, are led; None: nowhere."""
+        attachment = self.routed(pasid)
+        return attachment.space if attachment is not None else self.delegated if pasid is not None else None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.rid >> 8:02x}:{self.rid >> 3 & 31:02x}.{self.rid & 7})"
