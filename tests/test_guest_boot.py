@@ -26,8 +26,8 @@ V2_BOOTS = ("v2-4-levels", "v2-5-levels")
 CHECKS = (
     "iommu/group-type", "data/read-back", "data/host-copy", "filesystem/check", "filesystem/compare",
     "isolation/never-mapped", "isolation/never-mapped-logged", "isolation/unmapped", "isolation/unmapped-logged",
-    "isolation/page-unchanged", "log/faults", "log/iommu-commands", "log/nvme", "dma/translated", "dma/bypassed",
-    "dma/tables",
+    "isolation/page-unchanged", "isolation/bus-master", "log/faults", "log/iommu-commands", "log/nvme",
+    "dma/translated", "dma/bypassed", "dma/tables",
 )  # fmt: skip
 
 

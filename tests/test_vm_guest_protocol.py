@@ -173,6 +173,10 @@ class Host(NoHost):
         self.calls.append(page)
         return Answer.skip("not now")
 
+    async def isolation_bus_master(self, nvme: str) -> Answer:
+        self.calls.append(("bus master", nvme))
+        return Answer.ok("not sent")
+
     async def next_step(self, result: GuestResult) -> Step:
         self.calls.append(("next", result.state, result.results.ok))
         return Step.REBOOT
@@ -241,6 +245,8 @@ async def test_a_whole_boot_and_the_next_one_on_the_same_channel() -> None:
             page = b"nvme=0000:00:04.0 offset=33554432 length=4096 gpa=0x1a000"
             answer = await guest.ask(b"vioasid: ask number=3 question=isolation-unmapped %s\n" % page)
             assert answer == b"vioasid: answer number=3 status=skip text=not now\n"
+            answer = await guest.ask(b"vioasid: ask number=4 question=isolation-bus-master nvme=0000:00:04.0\n")
+            assert answer == b"vioasid: answer number=4 status=ok text=not sent\n"
             assert await guest.ask(NEXT) == b"vioasid: answer number=7 status=ok do=reboot text=\n"
             result = await asyncio.wait_for(run, 5)
             states.append(session.state)
@@ -251,6 +257,7 @@ async def test_a_whole_boot_and_the_next_one_on_the_same_channel() -> None:
                 ("data", 0, 67108864, digest.decode()),
                 ("never", "0000:00:04.0"),
                 HeldPage("0000:00:04.0", 33554432, 4096, 0x1A000),
+                ("bus master", "0000:00:04.0"),
                 ("next", State.DONE, True),
             ], f"boot {boot}"
             assert (result.step, result.facts["group_type"], result.facts["cpus"]) == (Step.REBOOT, "DMA", "2")

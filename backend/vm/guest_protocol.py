@@ -139,6 +139,9 @@ class Handlers(Protocol):
     async def isolation_unmapped(self, page: HeldPage) -> OrderedFault | Answer:
         """Have a function write to the IOVA under which `page` was mapped, and is no more."""
 
+    async def isolation_bus_master(self, nvme: str) -> Answer:
+        """Have a function, which the guest does not let master the bus now, read memory that is mapped for it."""
+
     async def next_step(self, result: GuestResult) -> Step:
         """All results are out, and the guest does nothing until this returns."""
 
@@ -159,6 +162,9 @@ class NoHost:
         return Answer.skip("the host serves no function behind the IOMMU")
 
     async def isolation_unmapped(self, page: HeldPage) -> OrderedFault | Answer:
+        return Answer.skip("the host serves no function behind the IOMMU")
+
+    async def isolation_bus_master(self, nvme: str) -> Answer:
         return Answer.skip("the host serves no function behind the IOMMU")
 
     async def next_step(self, result: GuestResult) -> Step:
@@ -300,6 +306,8 @@ async def _ask(question: Question, handlers: Handlers) -> Answer:
             case "isolation-unmapped":
                 page = HeldPage(nvme, _number(fields, "offset"), _number(fields, "length"), _number(fields, "gpa"))
                 return _as_answer(await handlers.isolation_unmapped(page))
+            case "isolation-bus-master":
+                return await handlers.isolation_bus_master(nvme)
     except _BadField as error:
         return Answer.fail(str(error))
     return Answer.skip(f"the host does not know the question {question.name}")

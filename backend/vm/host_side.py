@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping
 
-from backend.core import Access, Fault, Path, Translation
+from backend.core import Access, Fault, Path, Reason, Translation
 from backend.endpoints.nvme import NvmeController
 from backend.vm import ktap
 from backend.vm.backend import Backend
@@ -114,6 +114,18 @@ class HostSide:
         except TimeoutError:
             return Answer.fail(f"IOVA {last.iova:#x} was still mapped {UNMAP_SECONDS} s after its transfer")
         return await self._probe(config, controller, last.iova)
+
+    async def isolation_bus_master(self, nvme: str) -> Answer:
+        """A read of the admin submission queue, which the controller may do at any other time."""
+        found = self._endpoint(nvme)
+        if found is None:
+            return Answer.fail(f"{nvme} is no function of this backend")
+        iova = found[1].admin_queue
+        read = found[1].probe_read(iova, COMMAND_BYTES)
+        if isinstance(read, Fault) and read.reason == Reason.BUS_MASTER_OFF:
+            return Answer.ok(f"a read at {iova:#x}, which is mapped, was not sent")
+        said = f"faulted as {read.reason.name}" if isinstance(read, Fault) else "went through"
+        return Answer.fail(f"a read at {iova:#x} {said}")
 
     async def next_step(self, result: GuestResult) -> Step:
         """Counted here, before a power-off turns the IOMMU off."""

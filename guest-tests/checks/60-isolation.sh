@@ -1,9 +1,9 @@
 # The host orders a function behind the IOMMU to reach where the guest never let it, or no longer lets it.
 . /lib.sh
-names="never-mapped never-mapped-logged unmapped unmapped-logged page-unchanged"
+names="never-mapped never-mapped-logged unmapped unmapped-logged page-unchanged bus-master"
 need_disk $((64 * MIB)) $names
 FAULT_SECONDS=5
-plan 5
+plan 6
 
 # What the answer names must be in the kernel's log within seconds. The log check later sets these faults aside.
 logged() { # name mark
@@ -42,5 +42,19 @@ if [ "$asked_status" -eq 0 ]; then
 else
 	skip unmapped-logged "no DMA was made"
 	skip page-unchanged "no DMA was made"
+fi
+
+# Without the right to master the bus (command register, bit 2) a function reaches nothing, mapped or not.
+config=/sys/bus/pci/devices/$NVME/config
+command=$(od -An -tu1 -j4 -N1 "$config")
+set_command() { printf "\\$(printf %03o "$1")" | dd of="$config" bs=1 seek=4 conv=notrunc 2>/dev/null; }
+if [ $((command & 4)) -eq 0 ]; then
+	fail bus-master "the kernel has not let $NVME master the bus: its command register holds $command"
+else
+	set_command $((command & ~4))
+	ask isolation-bus-master nvme="$NVME"
+	status=$?
+	set_command "$command"
+	outcome $status bus-master "$(field text)"
 fi
 finish

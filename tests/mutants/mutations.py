@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = "q35-amd-sva"
-CHECKS = "dma,sva-memory,sva-changes,sva-errors,sva-processes,sva-lifetime,sva-pressure,log"
+CHECKS = "isolation,dma,sva-memory,sva-changes,sva-errors,sva-processes,sva-lifetime,sva-pressure,log"
 """Of guest-tests/checks: all of shared virtual addressing but the timings, which nothing fails."""
 
 
