@@ -3,7 +3,7 @@
  * The driver's own parts: vdma_pci.c finds the device, vdma_queue.c runs its queues, vdma_file.c gives them to processes,
  * vdma_selftest.c tests kernel mappings.
  *
- * Locks, the outer first: vdma.files_lock, vdma_file.lock, vdma.queues_lock. A queue belongs to whoever has claimed it, and
+ * Locks, the outer first: vdma.files_lock, vdma_file.lock, the process's mmap_lock, vdma_file.doorbell_lock, vdma.queues_lock. A queue belongs to whoever has claimed it, and
  * is used under that one's lock.
  */
 #ifndef VDMA_H
@@ -29,7 +29,7 @@ struct vdma_queue {
 	bool claimed; /* under queues_lock */
 	struct vdma_descriptor *ring; /* VDMA_SLOTS of them */
 	struct vdma_completion *records; /* one a slot */
-	dma_addr_t ring_dma, records_dma;
+	dma_addr_t ring_dma, records_dma; /* unused with a process's own ring, which is in its own memory */
 	u32 tail;
 	u16 operands; /* VDMA_FLAG_..._PASID that jobs get */
 	DECLARE_BITMAP(busy, VDMA_SLOTS); /* submitted, result not taken */
@@ -61,6 +61,10 @@ struct vdma_file {
 	struct iommu_sva *bond;
 	struct mm_struct *mm; /* whose: compared only */
 	u32 pasid;
+	bool own_ring;
+	struct address_space *mapping; /* in which doorbell pages are mapped */
+	struct mutex doorbell_lock; /* within mmap_lock and within `lock`; takes neither */
+	struct vdma_queue *doorbell; /* whose page may be mapped; NULL: none */
 };
 
 void vdma_put(struct vdma *vdma);
@@ -79,6 +83,7 @@ static inline u64 vdma_read64(struct vdma *vdma, u32 offset)
 struct vdma_queue *vdma_queue_claim(struct vdma *vdma);
 void vdma_queue_release(struct vdma_queue *queue);
 int vdma_queue_start(struct vdma_queue *queue, u32 pasid);
+int vdma_queue_start_own(struct vdma_queue *queue, u32 pasid, u64 ring, u32 order);
 void vdma_queue_stop(struct vdma_queue *queue);
 int vdma_queue_submit(struct vdma_queue *queue, const struct vdma_job *job);
 void vdma_queue_ring(struct vdma_queue *queue);

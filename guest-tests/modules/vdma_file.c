@@ -6,6 +6,7 @@
  * their page requests with "invalid"), its files after that. So what stops the queue is the file's release.
  */
 #include <linux/fs.h>
+#include <linux/mm.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
@@ -21,6 +22,8 @@ static int vdma_open(struct inode *inode, struct file *filp)
 	if (!file)
 		return -ENOMEM;
 	mutex_init(&file->lock);
+	mutex_init(&file->doorbell_lock);
+	file->mapping = filp->f_mapping;
 	kref_get(&vdma->refs);
 	file->vdma = vdma;
 	mutex_lock(&vdma->files_lock);
@@ -28,6 +31,20 @@ static int vdma_open(struct inode *inode, struct file *filp)
 	mutex_unlock(&vdma->files_lock);
 	filp->private_data = file;
 	return nonseekable_open(inode, filp);
+}
+
+/* From now on nobody reaches the doorbell page of the file's queue, which may be another's next. */
+static void vdma_close_doorbell(struct vdma_file *file)
+{
+	struct vdma_queue *queue;
+
+	mutex_lock(&file->doorbell_lock);
+	queue = file->doorbell;
+	file->doorbell = NULL;
+	mutex_unlock(&file->doorbell_lock);
+	/* what was mapped before is taken away, what faults from here on finds none */
+	if (queue)
+		unmap_mapping_range(file->mapping, (loff_t)queue->number << PAGE_SHIFT, PAGE_SIZE, 1);
 }
 
 /* First the device stops, then the PASID goes: it may be another process's at once. */
@@ -38,6 +55,7 @@ void vdma_file_unbind(struct vdma_file *file)
 	if (!queue)
 		return;
 	file->queue = NULL;
+	vdma_close_doorbell(file);
 	vdma_queue_stop(queue);
 	iommu_sva_unbind_device(file->bond);
 	mmdrop(file->mm);
@@ -69,6 +87,10 @@ static int vdma_bind(struct vdma_file *file, struct vdma_bind __user *argument)
 
 	if (file->queue)
 		return -EBUSY;
+	if (copy_from_user(&bind, argument, sizeof(bind)))
+		return -EFAULT;
+	if (bind.flags & ~VDMA_BIND_OWN_RING)
+		return -EINVAL;
 	queue = vdma_queue_claim(vdma);
 	if (!queue)
 		return -ENOSPC;
@@ -78,14 +100,24 @@ static int vdma_bind(struct vdma_file *file, struct vdma_bind __user *argument)
 		goto release;
 	}
 	file->pasid = iommu_sva_get_pasid(bond);
-	error = vdma_queue_start(queue, file->pasid);
+	file->own_ring = bind.flags & VDMA_BIND_OWN_RING;
+	if (file->own_ring)
+		error = vdma_queue_start_own(queue, file->pasid, bind.ring, bind.order);
+	else
+		error = vdma_queue_start(queue, file->pasid);
 	if (error)
 		goto unbind;
 	file->bond = bond;
 	file->queue = queue;
 	file->mm = current->mm;
 	mmgrab(file->mm);
-	bind = (struct vdma_bind){ .pasid = file->pasid, .queue = queue->number };
+	if (file->own_ring) {
+		mutex_lock(&file->doorbell_lock);
+		file->doorbell = queue;
+		mutex_unlock(&file->doorbell_lock);
+	}
+	bind.pasid = file->pasid;
+	bind.queue = queue->number;
 	if (!copy_to_user(argument, &bind, sizeof(bind)))
 		return 0;
 	vdma_file_unbind(file);
@@ -108,6 +140,8 @@ static int vdma_submit(struct vdma_file *file, struct vdma_submit __user *argume
 		return -ENXIO;
 	if (file->mm != current->mm)
 		return -EPERM;
+	if (file->own_ring)
+		return -EINVAL;
 	if (copy_from_user(&submit, argument, sizeof(submit)))
 		return -EFAULT;
 	for (submit.submitted = 0; submit.submitted < submit.count; submit.submitted++) {
@@ -159,6 +193,10 @@ static int vdma_wait(struct vdma_file *file, struct vdma_wait __user *argument)
 		if (!queue) {
 			mutex_unlock(&file->lock);
 			return -ENXIO;
+		}
+		if (file->own_ring) {
+			mutex_unlock(&file->lock);
+			return -EINVAL;
 		}
 		seen = atomic_read(&queue->events); /* before the look: what ends after it counts as an event */
 		smp_rmb();
@@ -256,9 +294,55 @@ static long vdma_ioctl(struct file *filp, unsigned int command, unsigned long ad
 	return status;
 }
 
+static vm_fault_t vdma_doorbell_fault(struct vm_fault *fault)
+{
+	struct vdma_file *file = fault->vma->vm_private_data;
+	vm_fault_t result = VM_FAULT_SIGBUS;
+
+	mutex_lock(&file->doorbell_lock);
+	/* a mapping is of the queue that the file had then */
+	if (file->doorbell && file->doorbell->number == fault->vma->vm_pgoff) {
+		phys_addr_t bar = pci_resource_start(file->vdma->pdev, VDMA_BAR);
+
+		result = vmf_insert_pfn(fault->vma, fault->vma->vm_start, PHYS_PFN(bar + VDMA_DOORBELL(file->doorbell->number)));
+	}
+	mutex_unlock(&file->doorbell_lock);
+	return result;
+}
+
+static const struct vm_operations_struct vdma_doorbell_operations = {
+	.fault = vdma_doorbell_fault,
+};
+
+/* The doorbell page of the file's queue, for the process that bound it: no child gets it. */
+static int vdma_mmap(struct file *filp, struct vm_area_struct *vma)
+{
+	struct vdma_file *file = filp->private_data;
+	int status = 0;
+
+	if (vma->vm_pgoff || vma->vm_end - vma->vm_start != PAGE_SIZE || !(vma->vm_flags & VM_SHARED))
+		return -EINVAL;
+	mutex_lock(&file->doorbell_lock);
+	if (!file->doorbell)
+		status = -ENXIO;
+	else if (vma->vm_mm != file->mm)
+		status = -EPERM;
+	else
+		vma->vm_pgoff = file->doorbell->number;
+	mutex_unlock(&file->doorbell_lock);
+	if (status)
+		return status;
+	vma->vm_page_prot = pgprot_noncached(vma->vm_page_prot);
+	vm_flags_set(vma, VM_IO | VM_PFNMAP | VM_DONTCOPY | VM_DONTEXPAND | VM_DONTDUMP);
+	vma->vm_private_data = file;
+	vma->vm_ops = &vdma_doorbell_operations;
+	return 0;
+}
+
 const struct file_operations vdma_file_operations = {
 	.owner = THIS_MODULE,
 	.open = vdma_open,
+	.mmap = vdma_mmap,
 	.release = vdma_release,
 	.unlocked_ioctl = vdma_ioctl,
 };

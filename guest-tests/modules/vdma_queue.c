@@ -46,12 +46,34 @@ void vdma_queue_release(struct vdma_queue *queue)
 	spin_unlock(&queue->vdma->queues_lock);
 }
 
+static int queue_run(struct vdma_queue *queue, u32 control, u32 pasid, u64 ring, u32 order)
+{
+	struct device *dev = &queue->vdma->pdev->dev;
+	u32 status;
+
+	queue->tail = 0;
+	queue->operands = control & VDMA_CONTROL_PASID ? VDMA_FLAG_SOURCE_PASID | VDMA_FLAG_TARGET_PASID : 0;
+	queue->first_event = atomic_read(&queue->events);
+	bitmap_zero(queue->busy, VDMA_SLOTS);
+	queue_write(queue, VDMA_Q_CONTROL, control);
+	queue_write(queue, VDMA_Q_PASID, pasid);
+	writeq(ring, queue->vdma->bar + VDMA_QUEUE(queue->number) + VDMA_Q_RING);
+	queue_write(queue, VDMA_Q_ORDER, order);
+	queue_write(queue, VDMA_Q_VECTOR, queue->number % queue->vdma->vectors);
+	queue_write(queue, VDMA_Q_COMMAND, VDMA_COMMAND_START);
+	status = queue_read(queue, VDMA_Q_STATUS);
+	if ((status & VDMA_STATE_MASK) == VDMA_STATE_RUNNING)
+		return 0;
+	dev_dbg(dev, "queue %u did not start with PASID %#x: status %#x\n", queue->number, pasid, status);
+	vdma_queue_stop(queue);
+	return status >> VDMA_ERROR_SHIFT == VDMA_ERROR_SETTING ? -EINVAL : -EIO;
+}
+
 /* `pasid`: of the addresses that jobs use; IOMMU_PASID_INVALID: none, they are those of the DMA API. */
 int vdma_queue_start(struct vdma_queue *queue, u32 pasid)
 {
 	struct device *dev = &queue->vdma->pdev->dev;
 	bool tagged = pasid != IOMMU_PASID_INVALID;
-	u32 status;
 
 	queue->ring = dma_alloc_coherent(dev, VDMA_SLOTS * sizeof(*queue->ring), &queue->ring_dma, GFP_KERNEL);
 	queue->records = dma_alloc_coherent(dev, VDMA_SLOTS * sizeof(*queue->records), &queue->records_dma, GFP_KERNEL);
@@ -59,25 +81,15 @@ int vdma_queue_start(struct vdma_queue *queue, u32 pasid)
 		vdma_queue_stop(queue);
 		return -ENOMEM;
 	}
-	queue->tail = 0;
-	queue->operands = tagged ? VDMA_FLAG_SOURCE_PASID | VDMA_FLAG_TARGET_PASID : 0;
-	queue->first_event = atomic_read(&queue->events);
-	bitmap_zero(queue->busy, VDMA_SLOTS);
-
 	/* UNTAGGED: ring and records are the kernel's. Processes write neither, their operands are tagged by us. */
-	queue_write(queue, VDMA_Q_CONTROL, VDMA_CONTROL_UNTAGGED | (tagged ? VDMA_CONTROL_PASID : 0));
-	queue_write(queue, VDMA_Q_PASID, tagged ? pasid : 0);
-	writeq(queue->ring_dma, queue->vdma->bar + VDMA_QUEUE(queue->number) + VDMA_Q_RING);
-	queue_write(queue, VDMA_Q_ORDER, RING_ORDER);
-	queue_write(queue, VDMA_Q_VECTOR, queue->number % queue->vdma->vectors);
-	queue_write(queue, VDMA_Q_COMMAND, VDMA_COMMAND_START);
-	status = queue_read(queue, VDMA_Q_STATUS);
-	if ((status & VDMA_STATE_MASK) != VDMA_STATE_RUNNING) {
-		dev_err(dev, "queue %u did not start with PASID %#x: status %#x\n", queue->number, pasid, status);
-		vdma_queue_stop(queue);
-		return -EIO;
-	}
-	return 0;
+	return queue_run(queue, VDMA_CONTROL_UNTAGGED | (tagged ? VDMA_CONTROL_PASID : 0), tagged ? pasid : 0, queue->ring_dma,
+			 RING_ORDER);
+}
+
+/* A ring that the process writes itself: nothing that it says there is an address without its PASID. -EINVAL: no ring. */
+int vdma_queue_start_own(struct vdma_queue *queue, u32 pasid, u64 ring, u32 order)
+{
+	return queue_run(queue, VDMA_CONTROL_PASID | VDMA_CONTROL_RING_PASID, pasid, ring, order);
 }
 
 /* What the device has asked and the kernel has not answered yet: the kernel holds on to the process meanwhile. */

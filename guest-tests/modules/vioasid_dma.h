@@ -8,6 +8,10 @@
  *	ioctl(fd, VDMA_IOC_WAIT, &wait);	results in the order in which jobs end
  *	close(fd);				stops the queue's DMA, then gives the PASID back
  *
+ * Without a system call a job: bound with VDMA_BIND_OWN_RING the process writes descriptors (vioasid_dma_regs.h) to a ring
+ * in its own memory, maps the queue's doorbell page (mmap, offset 0, one page) and polls its own completion records. Each
+ * address in a descriptor must be marked as the PASID's. SUBMIT and WAIT are EINVAL then, and the page is gone with UNBIND.
+ *
  * An open file has one queue at a time, and only the process that bound it may submit: its child (EPERM) opens its own.
  * Opcodes, statuses, reasons and access bits are those of vioasid_dma_regs.h.
  */
@@ -19,7 +23,12 @@
 
 #define VDMA_SLOTS 256 /* jobs of a file that were submitted and whose results were not taken */
 
+#define VDMA_BIND_OWN_RING 0x1
+
 struct vdma_bind {
+	__u32 flags; /* VDMA_BIND_... */
+	__u32 order; /* own ring: log2 of its descriptors */
+	__u64 ring; /* own ring: its address, a multiple of 4096 */
 	__u32 pasid; /* out */
 	__u32 queue; /* out */
 };
@@ -81,7 +90,7 @@ struct vdma_selftest {
 	char text[192]; /* what was seen */
 };
 
-#define VDMA_IOC_BIND _IOR('V', 0x80, struct vdma_bind)
+#define VDMA_IOC_BIND _IOWR('V', 0x80, struct vdma_bind)
 #define VDMA_IOC_UNBIND _IO('V', 0x81)
 #define VDMA_IOC_SUBMIT _IOWR('V', 0x82, struct vdma_submit)
 #define VDMA_IOC_WAIT _IOWR('V', 0x83, struct vdma_wait)

@@ -74,7 +74,7 @@ struct engine engine_open(int number)
 
 void engine_bind(struct engine *engine)
 {
-	struct vdma_bind bind;
+	struct vdma_bind bind = { 0 };
 
 	if (ioctl(engine->fd, VDMA_IOC_BIND, &bind))
 		give_up("bind this process to the engine");

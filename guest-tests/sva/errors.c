@@ -187,7 +187,7 @@ static int test_bad_calls(void)
 	struct engine engine = engine_open(0);
 	struct vdma_job job = fill_job(random_pages(PAGE), 0, 8);
 	struct vdma_submit request = { .jobs = (uintptr_t)&job, .count = 1 };
-	struct vdma_bind bind;
+	struct vdma_bind bind = { 0 };
 	struct vdma_wait wait = { .count = 1, .least = 1 };
 	struct vdma_result result;
 

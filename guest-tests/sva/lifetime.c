@@ -290,7 +290,7 @@ static int test_driver_removed(void)
 		give_up("fork");
 	if (child == 0) {
 		struct waiter waiter = { .engine = engine_open(0) };
-		struct vdma_bind bind;
+		struct vdma_bind bind = { 0 };
 
 		long_work(&waiter.engine);
 		if (write(told[1], "", 1) != 1)

@@ -18,7 +18,7 @@
 
 static const struct sva_group *const groups[] = {
 	&kernel_group, &memory_group,	&changes_group,	 &errors_group,
-	&processes_group, &lifetime_group, &pressure_group, &pager_group, &requests_group, &timings_group,
+	&processes_group, &lifetime_group, &pressure_group, &pager_group, &ring_group, &requests_group, &timings_group,
 };
 
 static int ended(int pidfd, int ms)

@@ -287,6 +287,7 @@ static uint8_t *huge_pages(size_t length)
 	uint8_t *memory = fresh(length + HUGE);
 
 	put_setting("/sys/kernel/mm/transparent_hugepage/enabled", "madvise");
+	put_setting("/proc/sys/vm/compact_memory", "1");
 	memory = (uint8_t *)(((uintptr_t)memory + HUGE - 1) & ~(HUGE - 1));
 	madvise(memory, length, MADV_HUGEPAGE);
 	return memory;
@@ -352,6 +353,7 @@ static int test_huge_pages(void)
 
 static int test_hugetlb(void)
 {
+	put_setting("/proc/sys/vm/compact_memory", "1");
 	put_setting("/proc/sys/vm/nr_hugepages", "2");
 	uint8_t *target = mmap(NULL, 2 * HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
 

@@ -97,7 +97,7 @@ static int test_eight_processes(void)
 static int test_all_queues(void)
 {
 	struct engine engines[VDMA_QUEUES_MAX];
-	struct vdma_bind bind;
+	struct vdma_bind bind = { 0 };
 	int fd = engine_file(0), queues = (int)engine_info(fd).queues;
 
 	for (int i = 0; i < queues; i++) {

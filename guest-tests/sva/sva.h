@@ -25,7 +25,7 @@ struct sva_group {
 };
 
 extern const struct sva_group kernel_group, memory_group, changes_group, errors_group, processes_group, lifetime_group,
-	pressure_group, pager_group, requests_group, timings_group;
+	pressure_group, pager_group, ring_group, requests_group, timings_group;
 
 #define GROUP(name, tests) { name, tests, sizeof(tests) / sizeof((tests)[0]) }
 
