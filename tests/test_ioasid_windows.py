@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from guest_ram import PAGE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ioasid_guest import DEV1, GOLDEN, Guest, gcr3_table, refused, x86_tables
 
 from backend.core import RW, Access, BadValueError, Fault, KindError, LimitError, Reason, Translation, UnknownIdError
@@ -182,3 +184,42 @@ def test_of_the_core(guest: Guest) -> None:
     assert isinstance(guest.dev1.port.read(0x8001, 1), bytes)
     core.set_windows(DEV1, [])
     assert isinstance(guest.dev1.port.read(0x8000, 1), bytes)
+
+
+WINDOWS = st.lists(
+    st.tuples(st.integers(0x7800, 0x2FFFF), st.integers(1, 0x9000), st.booleans()), min_size=1, max_size=6
+)
+TRANSFERS = st.lists(st.tuples(st.integers(0x8000, 0x2FFF0), st.integers(1, 0x5000)), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(WINDOWS, TRANSFERS)
+def test_against_a_model_of_single_bytes(
+    guest: Guest, windows: list[tuple[int, int, bool]], transfers: list[tuple[int, int]]
+) -> None:
+    """Any windows, at any bytes, over one another: the first one that holds a byte says what becomes of it."""
+    core = guest.engine.core
+    host = guest.ctx._spaces[1].core_id
+    core.set_windows(DEV1, [(first, first + size - 1, None if blocked else host) for first, size, blocked in windows])
+    memory = guest.ram.peek(0, 0x40000)
+
+    def byte(iova: int) -> int | None:
+        for first, size, blocked in windows:
+            if first <= iova < first + size:
+                gone = blocked or HOLE.start <= iova < HOLE.end  # no memory there, either
+                return None if gone else memory[iova]
+        return memory[0x3000 + iova % PAGE] if iova < 0x30000 else None
+
+    for iova, size in transfers:
+        expected = bytearray()
+        for at in range(iova, iova + size):
+            value = byte(at)
+            if value is None:
+                break
+            expected.append(value)
+        buffer = bytearray(size)
+        fault = core.dma_read_into(DEV1, iova, buffer)
+        assert (fault is None) == (len(expected) == size)
+        assert buffer[: len(expected)] == expected
+        if fault is not None:
+            assert (fault.done, fault.iova) == (len(expected), iova + len(expected))
