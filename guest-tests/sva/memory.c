@@ -129,12 +129,9 @@ static void *add_all_the_time(void *argument)
 	return NULL;
 }
 
-/* The device's additions and a CPU's, to one word at once: none is lost. An emulator that has one CPU only to look after may
- * do its atomic operations in two steps (QEMU's TCG does), and the device's additions fall between them. */
+/* The device's additions and a CPU's, to one word at once: none is lost. */
 static int test_atomic_beside_cpu(void)
 {
-	if (sysconf(_SC_NPROCESSORS_ONLN) < 2)
-		return skipped("needs two CPUs, or an emulator may split its atomic operations");
 	struct engine engine = engine_open(0);
 	struct adder adder = { .word = (_Atomic uint64_t *)random_pages(PAGE) };
 	struct vdma_job jobs[50];
