@@ -1,4 +1,4 @@
-"""The core's own sources, compiled with sanitizers once for all tests that link them: walk.c takes half a minute."""
+"""The core's own sources, compiled with sanitizers once for all tests that link them: walk.c takes a minute."""
 
 from __future__ import annotations
 

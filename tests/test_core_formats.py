@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 from core_formats import CHUNK, GUEST, Host, Nested, Ram, Single, Void
-from reference import cases
-from reference.common import Reason
+from reference import arm_lpae, cases
+from reference.common import Access, Kind, Reason
 from reference.formats import VARIANTS, Variant
+from reference.memory import Memory, Region
 from reference.nested_cases import HOST_BYTES, lift, nested_cases
 
 SEED = int(os.environ.get("VIO_SEED", "0"))
@@ -58,6 +59,24 @@ def test_single_stage(single: Single, variant: Variant) -> None:
             single.judge(case.kind, case.memory, case.config, case.accesses, case.answers())
         for case in cases.bit_flips(variant, chance):
             single.judge(case.kind, case.memory, case.config, case.accesses, case.answers())
+
+
+@pytest.mark.parametrize("granules", [(12, 16), (14, 12), (16, 14), (14, 14)], ids=str)
+def test_two_ranges(single: Single, granules: tuple[int, int]) -> None:
+    """Arm's, each with a granule of its own; addresses of one that the other has, too."""
+    memory, region = Memory(cases.MEMORY_BYTES), Region(1 << 20, 15 << 20)
+    chance, accesses = random.Random(sum(granules)), []
+    trees = [arm_lpae.Builder(memory, region, granule, 39, upper=bool(upper)) for upper, granule in enumerate(granules)]
+    for tree in trees:
+        for size in tree.sizes[-2:]:
+            at = chance.randrange(1, 8) * size
+            tree.map(at, chance.randrange(8) * size, size)
+            for other in trees:
+                accesses += [(other.extend(at + offset), Access(Kind.WRITE)) for offset in (0, size - 8, size)]
+    accesses += [(1 << 55, Access(Kind.READ)), ((1 << 64) - (1 << 40), Access(Kind.READ))]
+    config = arm_lpae.Stage1(trees[0].tables_config(), trees[1].tables_config())
+    answers = [arm_lpae.walk_stage1(memory, config, *access) for access in accesses]
+    single.judge("two ranges", memory, config, accesses, answers)
 
 
 HOSTS = tuple(
@@ -103,7 +122,7 @@ def test_nested(pair: Nested, first: Variant) -> None:
 
 def test_enough_was_compared() -> None:
     """What the tests above have compared, all told: enough, and some of each kind."""
-    if runs != 2 * 2 * len(VARIANTS):
+    if runs != 2 * (2 * len(VARIANTS) + 4):
         pytest.skip("only part of the suite was asked for: run all of tests/test_core_formats.py")
     assert sum(seen.values()) >= 200_000 * min(SCALE, 1)
     assert min(seen[kind] for kind in ("found", *Reason.__members__)) >= 100, seen

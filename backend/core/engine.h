@@ -215,8 +215,8 @@ static inline uint64_t route_key(uint32_t rid, uint32_t pasid)
 }
 
 /* walk.c */
-walk_fn walk_host(int format);
-walk_fn walk_nested(int stage1, const struct space *parent);
+walk_fn walk_host(int format, const struct pt_config *table);
+walk_fn walk_nested(int stage1, const struct pt_config *table, const struct space *parent);
 /*
  * An address of a space underneath by that one's own walk, which leaves what it found in walk->under: 0, or a reason,
  * walk telling where, as of a table in the middle. `table`: an entry of stage 1 lies there. One for all formats.

@@ -89,8 +89,10 @@ static uint64_t entry_last(const struct builder *b, uint64_t address, uint64_t l
 /* The table below an entry that is not 0; NULL: it is a leaf, decoded in *leaf. */
 static uint64_t *below(const struct builder *b, uint64_t entry, unsigned level, struct pt_entry *leaf)
 {
+    const struct pt_start start = {.granule = b->granule};
+
     leaf->next = 0;
-    b->format->decode(b->config, NULL, entry, level, true, leaf);
+    b->format->decode(b->config, &start, entry, level, true, leaf);
     return leaf->next ? table_at(leaf->oa) : NULL;
 }
 
@@ -314,7 +316,8 @@ static bool split(struct builder *b, uint64_t address)
             return true;
         next = below(b, *entry, level, &leaf);
         if (!next) {
-            unsigned perm = b->format->permissions(b->config, NULL, ~0ull, *entry, true) & PT_RWX;
+            const struct pt_start start = {.granule = b->granule};
+            unsigned perm = b->format->permissions(b->config, &start, ~0ull, *entry, true) & PT_RWX;
 
             next = pool_take(b->pool, b->granule);
             if (!next)

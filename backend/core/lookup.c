@@ -367,7 +367,7 @@ static int lookup_pasid(struct lookup *lookup, const struct space *bound)
     own->parent = bound->parent;
     own->format = lookup->path->format = target.format;
     own->table = target.config;
-    own->walk = target.format >= 0 ? walk_nested(target.format, own->parent) : NULL;
+    own->walk = target.format >= 0 ? walk_nested(target.format, &target.config, own->parent) : NULL;
     request->walk.pasid_table = false;
     if ((request->need & VIO_PRIVILEGED) && !target.privileged) {
         end_at(lookup, &none, 0, false, 0);

@@ -212,7 +212,7 @@ int pasid_keep(struct vio_engine *engine, const struct pasid_found *found)
             if (target->format >= 0) {
                 kept->space.format = target->format;
                 kept->space.table = target->config;
-                kept->space.walk = walk_nested(target->format, bound->parent);
+                kept->space.walk = walk_nested(target->format, &target->config, bound->parent);
             }
         }
     }

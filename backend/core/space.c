@@ -71,7 +71,7 @@ int vio_space_create_host(vio_engine *engine, uint32_t ioasid, int format, const
         if (status) {
             space_remove(engine, space);
         } else {
-            space->walk = walk_host(format);
+            space->walk = walk_host(format, &config);
             iotlb_scope_begin(&engine->iotlb, &space->scope, NULL);
         }
     }
@@ -248,7 +248,7 @@ int vio_space_bind(vio_engine *engine, uint32_t ioasid, int format, const vio_ta
     engine_change_begin(engine);
     space = space_find(engine, ioasid);
     if (space) {
-        walk_fn walk = space->parent ? walk_nested(format, space->parent) : NULL;
+        walk_fn walk = space->parent ? walk_nested(format, &config, space->parent) : NULL;
 
         status = walk ? VIO_OK : VIO_ERR_KIND;
         if (walk) {

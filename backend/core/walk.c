@@ -1,31 +1,32 @@
 /* One walker for each host format, each pair of formats, and each format over two, from the templates of walk.h. */
 #include "walk.h"
 
-#define X(format)                                                                                                      \
-    static int host_##format(const struct space *space, struct guard *guard, struct walk *walk)                        \
+#define X(format, granule)                                                                                             \
+    static int host_##format##_##granule(const struct space *space, struct guard *guard, struct walk *walk)            \
     {                                                                                                                  \
         (void)guard; /* our own tables stay */                                                                         \
-        return walk_host_space(&format##_format, space, walk);                                                         \
+        return walk_host_space(&format##_format, granule, space, walk);                                                \
     }
-FORMATS(X)
+WALKS(X)
 #undef X
 
-#define PAIR(stage1, stage2)                                                                                           \
-    static int nested_##stage1##_##stage2(const struct space *space, struct guard *guard, struct walk *walk)           \
+#define PAIR(stage1, granule1, stage2, granule2)                                                                       \
+    static int nested_##stage1##_##granule1##_##stage2##_##granule2(const struct space *space, struct guard *guard,    \
+                                                                    struct walk *walk)                                 \
     {                                                                                                                  \
-        return walk_nested_space(&stage1##_format, &stage2##_format, space, guard, walk);                              \
+        return walk_nested_space(&stage1##_format, granule1, &stage2##_format, granule2, space, guard, walk);          \
     }
-#define X(stage2) FORMATS_OVER(PAIR, stage2)
-FORMATS(X)
+#define X(stage2, granule2) WALKS_OVER(PAIR, stage2, granule2)
+WALKS(X)
 #undef X
 #undef PAIR
 
-#define X(format)                                                                                                      \
-    static int over_guest_##format(const struct space *space, struct guard *guard, struct walk *walk)                  \
+#define X(format, granule)                                                                                             \
+    static int over_guest_##format##_##granule(const struct space *space, struct guard *guard, struct walk *walk)      \
     {                                                                                                                  \
-        return walk_nested_space(&format##_format, NULL, space, guard, walk);                                          \
+        return walk_nested_space(&format##_format, granule, NULL, 0, space, guard, walk);                              \
     }
-FORMATS(X)
+WALKS(X)
 #undef X
 
 int walk_middle(const struct space *middle, struct guard *guard, struct walk *walk, uint64_t address, unsigned need,
@@ -58,32 +59,59 @@ int walk_middle(const struct space *middle, struct guard *guard, struct walk *wa
     return reason;
 }
 
-static const walk_fn host_walks[PT_FORMATS] = {
-#define X(format) [PT_##format] = host_##format,
-    FORMATS(X)
+/* Granules, as indices. */
+#define GRANULES 3
+#define INDEX(granule) (((granule) - 12) / 2)
+
+static const walk_fn host_walks[PT_FORMATS][GRANULES] = {
+#define X(format, granule) [PT_##format][INDEX(granule)] = host_##format##_##granule,
+    WALKS(X)
 #undef X
 };
 
-static const walk_fn nested_walks[PT_FORMATS][PT_FORMATS] = {
-#define PAIR(stage1, stage2) [PT_##stage1][PT_##stage2] = nested_##stage1##_##stage2,
-#define X(stage2) FORMATS_OVER(PAIR, stage2)
-    FORMATS(X)
+static const walk_fn nested_walks[PT_FORMATS][GRANULES][PT_FORMATS][GRANULES] = {
+#define PAIR(stage1, granule1, stage2, granule2)                                                                       \
+    [PT_##stage1][INDEX(granule1)][PT_##stage2][INDEX(granule2)] = nested_##stage1##_##granule1##_##stage2##_##granule2,
+#define X(stage2, granule2) WALKS_OVER(PAIR, stage2, granule2)
+    WALKS(X)
 #undef X
 #undef PAIR
 };
 
-static const walk_fn over_guest_walks[PT_FORMATS] = {
-#define X(format) [PT_##format] = over_guest_##format,
-    FORMATS(X)
+static const walk_fn over_guest_walks[PT_FORMATS][GRANULES] = {
+#define X(format, granule) [PT_##format][INDEX(granule)] = over_guest_##format##_##granule,
+    WALKS(X)
 #undef X
 };
 
-walk_fn walk_host(int format)
+walk_fn walk_host(int format, const struct pt_config *table)
 {
-    return host_walks[format];
+    return host_walks[format][INDEX(table->table.tree.granule)];
 }
 
-walk_fn walk_nested(int stage1, const struct space *parent)
+static walk_fn nested_walk(int stage1, unsigned granule, const struct space *parent)
 {
-    return parent->parent ? over_guest_walks[stage1] : nested_walks[stage1][parent->format];
+    return parent->parent ? over_guest_walks[stage1][INDEX(granule)]
+                          : nested_walks[stage1][INDEX(granule)][parent->format][INDEX(parent->table.table.tree.granule)];
+}
+
+/* Two ranges with granules of their own: the address says which. */
+static int walk_ranges(const struct space *space, struct guard *guard, struct walk *walk)
+{
+    struct pt_start start = {.granule = PT_GRANULE};
+
+    pt_formats[space->format]->start(&space->table, walk->iova, &start);
+    return nested_walk(space->format, start.granule, space->parent)(space, guard, walk);
+}
+
+walk_fn walk_nested(int stage1, const struct pt_config *table, const struct space *parent)
+{
+    const vio_tree *tree = &table->table.tree, *upper = &table->table.upper;
+    unsigned granule = PT_GRANULE; /* of a table without a tree: any will tell */
+
+    if (tree->levels && upper->levels && tree->granule != upper->granule)
+        return walk_ranges;
+    if (tree->levels || upper->levels)
+        granule = tree->levels ? tree->granule : upper->granule;
+    return nested_walk(stage1, granule, parent);
 }

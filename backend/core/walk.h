@@ -1,6 +1,6 @@
 /*
- * The walk, written once over the contract of formats/contract.h; the compiler folds a format's constants into each
- * instance. A guest's table is hostile: every step goes to a lower level, so a walk ends after at most `levels`
+ * The walk, written once over the contract of formats/contract.h; the compiler folds a format's constants, and the
+ * granule, into each instance. A guest's table is hostile: every step goes to a lower level, so a walk ends after at most `levels`
  * entries, and each entry is read once, by one 64-bit load, through stage 2: it can touch only what stage 2 maps.
  */
 #ifndef VIOASID_WALK_H
@@ -32,11 +32,12 @@ struct stage {
 };
 
 /* Through a table of ours: plain memory of this process, and nobody else's to change. 0, or a reason. */
-PT_INLINE int walk_table(const struct pt_format *format, const struct pt_config *config, uint64_t address,
-                         unsigned need, struct stage *out)
+PT_INLINE int walk_table(const struct pt_format *format, unsigned granule, const struct pt_config *config,
+                         uint64_t address, unsigned need, struct stage *out)
 {
     const vio_tree *tree = &config->table.tree;
-    unsigned level = tree->levels, granule = format->any_granule ? tree->granule : PT_GRANULE;
+    const struct pt_start start = {.granule = granule};
+    unsigned level = tree->levels;
     uint64_t at = tree->root + pt_root_offset(granule, address, level);
 
     out->entry = 0;
@@ -46,14 +47,14 @@ PT_INLINE int walk_table(const struct pt_format *format, const struct pt_config 
     for (;;) {
         uint64_t entry = __atomic_load_n((const uint64_t *)(uintptr_t)at, __ATOMIC_RELAXED);
         struct pt_entry decoded;
-        int reason = format->decode(config, NULL, entry, level, true, &decoded);
+        int reason = format->decode(config, &start, entry, level, true, &decoded);
 
         if (UNLIKELY(reason || !decoded.next)) {
             out->entry = entry;
             out->level = level;
             if (reason)
                 return reason;
-            out->perm = format->permissions(config, NULL, ~0ull, entry, true);
+            out->perm = format->permissions(config, &start, ~0ull, entry, true);
             out->size_lg2 = decoded.size_lg2;
             out->oa = decoded.oa | (address & ((1ull << decoded.size_lg2) - 1));
             return UNLIKELY(need & ~out->perm) ? VIO_REASON_PERMISSION : 0;
@@ -75,10 +76,11 @@ static inline int stage2_fault(struct walk *walk, const struct stage *stage, uin
 }
 
 /* Stage 2 alone: a host-managed space. */
-PT_INLINE int walk_host_space(const struct pt_format *format, const struct space *space, struct walk *walk)
+PT_INLINE int walk_host_space(const struct pt_format *format, unsigned granule, const struct space *space,
+                              struct walk *walk)
 {
     struct stage stage;
-    int reason = walk_table(format, &space->table, walk->iova, walk->need, &stage);
+    int reason = walk_table(format, granule, &space->table, walk->iova, walk->need, &stage);
 
     if (UNLIKELY(reason))
         return stage2_fault(walk, &stage, walk->iova, false, reason);
@@ -99,6 +101,7 @@ struct update {
 /* One guest's table over its stage 2, while one request is translated. */
 struct nested {
     const struct pt_format *stage1, *stage2; /* stage2 NULL: three stages, by the walk of `parent` */
+    unsigned granule1, granule2;
     const struct pt_config *table1, *table2;
     const struct space *parent;
     const struct dirty *dirty; /* of stage 2 */
@@ -133,7 +136,7 @@ PT_INLINE int walk_stage2(const struct nested *nested, uint64_t address, unsigne
     int reason;
 
     if (nested->stage2) {
-        reason = walk_table(nested->stage2, nested->table2, address, need, out);
+        reason = walk_table(nested->stage2, nested->granule2, nested->table2, address, need, out);
         return UNLIKELY(reason) ? stage2_fault(walk, out, address, table, reason) : 0;
     }
     reason = walk_middle(nested->parent, nested->guard, walk, address, need, table);
@@ -227,14 +230,14 @@ PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
     uint64_t address = walk->iova, tables = ~0ull;
     struct update updates[PT_MAX_LEVELS], use = {.hva = 0};
     struct walk_cache *cache = nested->stage2 ? walk->cache : NULL; /* three stages: that of the middle is enough */
-    unsigned count = 0, granule;
+    unsigned count = 0, granule = nested->granule1;
     bool placed = false, keep = false;
     struct pt_start start;
     int reason = format->start(config, address, &start);
 
     if (UNLIKELY(reason))
         return stage1_fault(walk, 0, 0, 0, reason);
-    granule = format->any_granule ? start.granule : PT_GRANULE;
+    start.granule = granule; /* it is: let the compiler know */
     use.level = start.levels;
     use.at = start.table + pt_root_offset(granule, start.index, use.level);
     if (cache && use.level > 1) {
@@ -324,11 +327,13 @@ PT_INLINE int walk_guest_table(const struct nested *nested, struct stage *out)
  * Without format2 the parent is guest-managed too, and each step through stage 2 is a nested walk of its own: at most
  * (levels + 1) x (levels + 1) entries of the guest's, and each of those is read through our table.
  */
-PT_INLINE int walk_nested_space(const struct pt_format *format1, const struct pt_format *format2,
-                                const struct space *space, struct guard *guard, struct walk *walk)
+PT_INLINE int walk_nested_space(const struct pt_format *format1, unsigned granule1, const struct pt_format *format2,
+                                unsigned granule2, const struct space *space, struct guard *guard, struct walk *walk)
 {
     const struct nested nested = {.stage1 = format1,
                                   .stage2 = format2,
+                                  .granule1 = granule1,
+                                  .granule2 = granule2,
                                   .table1 = &space->table,
                                   .table2 = &space->parent->table,
                                   .parent = space->parent,

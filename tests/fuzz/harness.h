@@ -83,23 +83,9 @@ static inline uint8_t *reserve(size_t size, size_t align, int protection)
 
 /* Formats, whatever they are: a number of the input names one. */
 
-static inline int host_format(uint64_t number)
+static inline int any_format(uint64_t number)
 {
-    int format = (int)(number % PT_FORMATS);
-
-    while (!walk_host(format))
-        format = (format + 1) % PT_FORMATS;
-    return format;
-}
-
-static inline int guest_format(uint64_t number, int stage2)
-{
-    const struct space parent = {.format = stage2};
-    int format = (int)(number % PT_FORMATS);
-
-    while (!walk_nested(format, &parent))
-        format = (format + 1) % PT_FORMATS;
-    return format;
+    return (int)(number % PT_FORMATS);
 }
 
 /* A table of a format, and how the core will read it. */

@@ -163,7 +163,7 @@ static void bind(struct machine *m, unsigned number, struct input *in)
     if (c->table)
         vio_guest_table_destroy(c->table);
     c->table = NULL;
-    c->tables = take_tables(in, guest_format(choice >> 1, m->stage2), place, choice & 1 ? 0 : TABLES_PLAIN);
+    c->tables = take_tables(in, any_format(choice >> 1), place, choice & 1 ? 0 : TABLES_PLAIN);
     memset(ram + place, 0, 2 * PAGE); /* of any root: enough to be new */
     if (!vio_guest_table_create(c->tables.format, &c->tables.asked, ram, place, PART, &c->table)) {
         vio_guest_table_get(c->table, &c->tables.asked);
@@ -208,7 +208,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
     if (!ram)
         ram = reserve(SIZE, 2u << 20, PROT_READ | PROT_WRITE);
-    host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
+    host = take_tables(&in, any_format(take(&in, 1)), 0, TABLES_HOST);
     if (host.config.last < SIZE)
         return 0;
     m.stage2 = host.format;

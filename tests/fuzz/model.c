@@ -218,7 +218,7 @@ static void bind(struct model *m, struct input *in)
     struct pt_start start;
 
     c->root = number * (2 * ROOT);
-    c->tables = take_tables(in, guest_format(choice & 63, m->host.format), c->root, TABLES_PLAIN);
+    c->tables = take_tables(in, any_format(choice & 63), c->root, TABLES_PLAIN);
     format = pt_formats[c->tables.format];
     c->unit_lg2 = c->tables.config.table.tree.granule;
     place = (choice & 64 ? take(in, 3) << 24 : 0) + place * UNITS;
@@ -535,7 +535,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         ram = reserve(RAM, 2u << 20, PROT_READ | PROT_WRITE);
         empty = reserve(VOID, 1u << 30, PROT_NONE);
     }
-    m.host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
+    m.host = take_tables(&in, any_format(take(&in, 1)), 0, TABLES_HOST);
     HOLDS(!vio_engine_create((uint32_t)take(&in, 1), &m.engine));
     HOLDS(!vio_space_create_host(m.engine, HOST, m.host.format, &m.host.asked));
     for (unsigned i = 0; i < CHILDREN; i++)

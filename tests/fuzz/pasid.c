@@ -194,7 +194,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
     if (!ram)
         ram = reserve(SIZE, 1 << 16, PROT_READ | PROT_WRITE);
-    host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
+    host = take_tables(&in, any_format(take(&in, 1)), 0, TABLES_HOST);
     m.stage1 = take_tables(&in, vio_format_find(found[kind >> 2 & 3]), 0, TABLES_PLAIN);
     options = take_options(&in, kind & 3);
     HOLDS(!vio_engine_create(kind & 16 ? 64 : 0, &m.engine));

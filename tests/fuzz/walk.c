@@ -207,15 +207,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         before = reserve(SIZE, 1 << 16, PROT_READ | PROT_WRITE);
     }
     stage1 = (unsigned)take(&in, 1);
-    host = take_tables(&in, host_format(take(&in, 1)), 0, TABLES_HOST);
+    host = take_tables(&in, any_format(take(&in, 1)), 0, TABLES_HOST);
     choice = take(&in, 1);
     m.base = choice & 8 ? 1ull << (17 + (choice >> 4) * 2) : 0;
     if (m.base + SIZE - 1 > host.config.last)
         m.base = 0;
-    m.stage1 = take_tables(&in, guest_format(stage1, host.format), m.base + (choice & 3) * 16 * PAGE, 0);
+    m.stage1 = take_tables(&in, any_format(stage1), m.base + (choice & 3) * 16 * PAGE, 0);
     m.three = stage1 & 128;
     if (m.three)
-        m.middle = take_tables(&in, guest_format(stage1 >> 3, host.format), m.base + MIDDLE_TABLES * PAGE, 0);
+        m.middle = take_tables(&in, any_format(stage1 >> 3), m.base + MIDDLE_TABLES * PAGE, 0);
     m.mapped = whole_units(~take(&in, 8), pages_of(&host));
     m.writable = m.mapped & whole_units(~take(&in, 8), pages_of(&host));
     HOLDS(!vio_engine_create(choice & 4 ? 64 : 0, &m.engine));

@@ -131,16 +131,22 @@ PT_INLINE int arm_decode(const struct pt_config *config, const struct pt_start *
                          bool trusted, struct pt_entry *out)
 {
     uint32_t flags = config->table.flags;
-    unsigned granule = trusted ? config->table.tree.granule : start->granule, lg2 = pt_entry_lg2(granule, level);
-    bool block = !(entry & ARM_TABLE), leaf = block || level == 1;
+    unsigned granule = start->granule;
+    bool leaf = false;
 
     if (__builtin_expect(!(entry & ARM_VALID), 0))
         return VIO_REASON_NOT_PRESENT;
-    if (!trusted && block && !arm_has_blocks(flags, granule, level))
-        return VIO_REASON_BAD_LEVEL;
-    out->next = leaf ? 0 : level - 1;
-    out->size_lg2 = lg2;
-    out->oa = entry & PT_MASK(47, leaf ? lg2 : granule);
+    out->size_lg2 = pt_entry_lg2(granule, level);
+    if (entry & ARM_TABLE && level > 1) {
+        out->next = level - 1;
+        out->oa = entry & PT_MASK(47, granule);
+    } else {
+        if (!trusted && !(entry & ARM_TABLE) && !arm_has_blocks(flags, granule, level))
+            return VIO_REASON_BAD_LEVEL;
+        leaf = true;
+        out->next = 0;
+        out->oa = entry & PT_MASK(47, out->size_lg2);
+    }
     if (trusted)
         return 0;
     if (granule == 16 && flags & VIO_TABLE_LARGE_OUTPUT)

@@ -91,13 +91,13 @@ struct pt_format {
     /*
      * Decode `entry`, read at `level`: 0, or the reason why it leads nowhere. A leaf's base is aligned to its size, and
      * next < level, whatever the entry holds. `trusted`: the core built it, so checks of well-formedness can go, and
-     * there is no `start`.
+     * `start` has the granule alone.
      */
     int (*decode)(const struct pt_config *config, const struct pt_start *start, uint64_t entry, unsigned level,
                   bool trusted, struct pt_entry *out);
     /*
      * What a leaf permits (PT_BOTH order), accessed and dirty bits aside. `tables`: AND over all table entries above
-     * it, bits in `denies` inverted; all ones without any. `trusted`: ours, whose tables take nothing away; no `start`.
+     * it, bits in `denies` inverted; all ones without any. `trusted`: ours, whose tables take nothing away; `start` as above.
      */
     unsigned (*permissions)(const struct pt_config *config, const struct pt_start *start, uint64_t tables,
                             uint64_t leaf, bool trusted);

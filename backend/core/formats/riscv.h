@@ -100,12 +100,14 @@ PT_INLINE int riscv_decode(const struct pt_config *config, const struct pt_start
         return VIO_REASON_NOT_PRESENT;
     if (!trusted && __builtin_expect(riscv_reserved(config, entry, level, leaf), 0))
         return VIO_REASON_RESERVED_BITS;
-    out->oa = (entry & RISCV_PPN) << RISCV_PPN_SHIFT;
     out->size_lg2 = pt_entry_lg2(PT_GRANULE, level);
     if (!leaf) { /* step 4 */
+        /* in ours there is nothing but the number and V: no mask, so that the next load can do the shift */
+        out->oa = (trusted ? entry - RISCV_V : entry & RISCV_PPN) << RISCV_PPN_SHIFT;
         out->next = level - 1;
         return level > 1 ? 0 : VIO_REASON_BAD_LEVEL;
     }
+    out->oa = (entry & RISCV_PPN) << RISCV_PPN_SHIFT;
     out->next = 0;
     if (__builtin_expect((entry & RISCV_N) != 0, 0)) {
         out->size_lg2 = RISCV_NAPOT_LG2;
