@@ -143,6 +143,10 @@ def test_faults_tell_which_table(walked: Stack) -> None:
         walked.ctx.invalidate_cache(MIDDLE)
         answer = port.read(iova, 1) if access == READ else port.write(iova, b"x")
         assert isinstance(answer, Fault) and heard[-1] == answer and answer.ioasid == TOP
+        (record,) = walked.ctx.read_faults().records
+        assert (record.stage, record.level, record.gpa, record.middle) == (
+            answer.stage, answer.level, answer.gpa, answer.middle,
+        )  # fmt: skip
         told = walked.ctx.lookup(TOP, iova, access=access).result
         assert isinstance(told, Fault) and replace(told, rid=DEV1) == answer
         return answer

@@ -59,6 +59,8 @@ class FaultRecord:
     stage: int = 0
     level: int = 0
     gpa: int | None = None
+    middle: int | None = None
+    """Of three tables: the address that the guest's one in the middle was to translate; None: another was at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,7 @@ class FaultQueue:
             stage=fault.stage,
             level=fault.level,
             gpa=fault.gpa,
+            middle=fault.middle,
         )
         self._put(None, record)
 
