@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -192,6 +193,24 @@ def fault_of(answer: object) -> Fault:
 def rebind(stack: Stack) -> None:
     stack.ctx.unbind_pgtable(MIDDLE)
     stack.bind_middle()
+
+
+@pytest.mark.parametrize("lost", ["middle", "top"])
+def test_tables_whose_memory_is_taken_away(stack: Stack, lost: str) -> None:
+    root = stack.lay(0x58000, {IOVA: 0x4000})
+    stack.bind_middle()
+    stack.ctx.bind_pgtable(TOP, root, X86)
+    stack.attach()
+    os.ftruncate(stack.ram.fd, 0x40000 if lost == "middle" else 0x58000)
+    answer = fault_of(stack.dev1.port.read(IOVA, 1))
+    assert (answer.reason, answer.stage, answer.level, answer.table) == (Reason.MEMORY_GONE, 1, 4, True)
+    top = SHIFT + 0x58000 + (IOVA >> 39) * 8
+    if lost == "middle":
+        assert (answer.middle, answer.gpa) == (top, stack.middle.root + (top >> 39 & 511) * 8)
+    else:
+        assert (answer.middle, answer.gpa) == (None, top)
+    told = fault_of(stack.ctx.lookup(TOP, IOVA).result)
+    assert replace(told, rid=DEV1) == answer
 
 
 CHANGES: list[tuple[str, Callable[[Stack], None]]] = [
