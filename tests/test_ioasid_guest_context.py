@@ -115,11 +115,15 @@ def test_a_look_shows_what_is_its_own(ctx: Context, guest: Guest) -> None:
     assert not isinstance(path.result, Fault)
     assert (path.result.gpa, path.result.hva) == (DATA, 0)
     assert ctx.lookup(1, DATA).steps == ()
-    # beyond the VM's memory: where our table ends is told, what it holds is not
-    tables.map(0x3000, guest.ram.size)
-    beyond = ctx.lookup(child, 0x3000)
-    assert isinstance(beyond.result, Fault)
-    assert (beyond.result.stage, beyond.result.gpa, beyond.result.entry) == (2, guest.ram.size, 0)
+    # where our table ends is told, what it holds is not
+    memory = guest.engine.vm_memory
+    memory.unmap(0, guest.ram.size)
+    memory.map(0, guest.ram.hva, guest.ram.size, Access.READ)
+    ended = ctx.lookup(child, 0x2000, access=Access.WRITE).result
+    assert isinstance(ended, Fault)
+    assert (ended.reason, ended.stage, ended.gpa, ended.entry) == (Reason.PERMISSION, 2, DATA, 0)
     host = guest.engine.open()
     host.alloc(Kind.VM)
-    assert {step.stage for step in host.lookup(1, DATA).steps} == {2}, "others see them"
+    path = host.lookup(1, DATA, access=Access.WRITE)
+    assert {step.stage for step in path.steps} == {2}, "others see them"
+    assert isinstance(path.result, Fault) and path.result.entry
