@@ -35,7 +35,7 @@ IOVAS = 4
 TABLES, TABLE_PAGES = 16, 10
 """Pages of the guest's tables: AMD's from 16, x86's from 20, the GCR3 table at 24."""
 RAM_PAGES = 32
-SPACES = 6
+SPACES = 7
 
 
 @dataclass
@@ -60,7 +60,7 @@ class WholeSet(RuleBasedStateMachine):
 
     rids = st.sampled_from((WHOLE, SHARED))
     pasids = st.sampled_from(PASIDS)
-    ids = st.integers(0, 3 * SPACES)
+    ids = st.sampled_from(range(3 * SPACES))
     pages = st.integers(0, IOVAS - 1)
     groups = st.integers(0, 2)
 
@@ -104,38 +104,45 @@ class WholeSet(RuleBasedStateMachine):
                 call()
         return legal
 
-    def pick(self, number: int) -> int:
-        """One that is there, or now and then one that is not."""
+    def pick(self, number: int, likely: Callable[[int], bool] = lambda ioasid: True) -> int:
+        """One that is there, or now and then one that is not; twice in three one that is `likely`, if there is any:
+        commands that few are fit for would do little otherwise. Below 0: the one of that number."""
+        if number < 0:
+            return -number
         there = sorted(self.spaces)
-        return there[number % len(there)] if there and number else 9
+        if number % 3 < 2:
+            there = [ioasid for ioasid in there if likely(ioasid)] or there
+        return there[number % len(there)] if there and number != 3 * SPACES - 1 else 9
 
     @initialize(how=st.sampled_from(("by pasid", "delegated", "three tables")))
     def begin(self, how: str) -> None:
-        """1: kernel, both devices on it; 2 and 3: user (PASIDs on it) and kernel beneath it; 4: user beneath 3. Or
-        5, too: its PASID table serves the whole device, or it is beneath 2, and the device on both."""
+        """1: kernel, both devices on it; 2 and 3: user and kernel beneath it; 4: user beneath 3; 5: kernel, free. PASID
+        1 of both devices is on 2; or of the whole device, all PASIDs are led by the table of 6, user beneath 1; or it
+        is on 2 and on 6, user beneath 2."""
         self.alloc(Kind.KERNEL, None, False)
         for page in range(IOVAS):
-            self.map(1, page, page + 4)
-        self.nest(1, Kind.USER)
-        self.nest(2, Kind.KERNEL)
-        self.nest(2, Kind.USER)
+            self.map(-1, page, page + 4)
+        self.nest(-1, Kind.USER)
+        self.nest(-1, Kind.KERNEL)
+        self.nest(-3, Kind.USER)
         for page in range(IOVAS - 1):
-            self.map(2, page, page + 1)
-        self.bind(5)
+            self.map(-3, page, page + 1)
+        self.bind(-2)
+        self.alloc(Kind.KERNEL, None, False)
         for rid in (WHOLE, SHARED):
-            self.attach(rid, None, 4, ats=True)
-        self.attach(SHARED, 1, 5, ats=True)
+            self.attach(rid, None, -1, ats=True)
+        self.attach(SHARED, 1, -2, ats=True)
         if how == "three tables":
-            self.nest(5, Kind.USER)
-            self.bind(4)
-            self.attach(WHOLE, None, 6, ats=False)
-            self.attach(WHOLE, None, 4, ats=True)
+            self.nest(-2, Kind.USER)
+            self.bind(-6)
+            self.attach(WHOLE, None, -2, ats=False)
+            self.attach(WHOLE, None, -6, ats=True)
         elif how == "delegated":
-            self.nest(4, Kind.USER)
-            self.bind_pasids(4)
-            self.attach(WHOLE, None, 4, ats=True)
+            self.nest(-1, Kind.USER)
+            self.bind_pasids(-6)
+            self.attach(WHOLE, None, -6, ats=True)
         else:
-            self.attach(WHOLE, 1, 5, ats=False)
+            self.attach(WHOLE, 1, -2, ats=False)
 
     # IOASIDs
 
@@ -171,9 +178,8 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids)
     def free(self, ioasid: int) -> None:
-        ioasid = self.pick(ioasid)
-        used = self.users(ioasid) or any(space.parent == ioasid for space in self.spaces.values())
-        if self.attempt(ioasid in self.spaces and not used, lambda: self.ctx.free(ioasid)):
+        ioasid = self.pick(ioasid, lambda each: not self.is_used(each))
+        if self.attempt(ioasid in self.spaces and not self.is_used(ioasid), lambda: self.ctx.free(ioasid)):
             del self.spaces[ioasid]
 
     # Memory
@@ -277,7 +283,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(ioasid=ids)
     def bind_pasids(self, ioasid: int) -> None:
-        ioasid = self.pick(ioasid)
+        ioasid = self.pick(ioasid, lambda each: (WHOLE, None) in self.users(each))
         users = self.users(ioasid)
         legal = self.is_unbound(ioasid) and all(user == (WHOLE, None) for user in users)
         legal = legal and not any(space.parent == ioasid for space in self.spaces.values())
@@ -286,10 +292,11 @@ class WholeSet(RuleBasedStateMachine):
         if self.attempt(legal, lambda: self.ctx.bind_pasid_table(ioasid, self.gcr3, fmt)):
             self.spaces[ioasid].bound = "pasids"
 
-    @rule(ioasid=ids, what=st.sampled_from(("table", "pasids")))
-    def unbind(self, ioasid: int, what: str) -> None:
-        ioasid = self.pick(ioasid)
+    @rule(ioasid=ids, fits=st.booleans())
+    def unbind(self, ioasid: int, fits: bool) -> None:
+        ioasid = self.pick(ioasid, lambda each: bool(self.spaces[each].bound and self.users(each)))
         space = self.spaces.get(ioasid)
+        what = "pasids" if (space is not None and space.bound == "pasids") == fits else "table"
         call = self.ctx.unbind_pgtable if what == "table" else self.ctx.unbind_pasid_table
         if self.attempt(space is not None and space.bound == what, lambda: call(ioasid)):
             assert space is not None
@@ -311,7 +318,7 @@ class WholeSet(RuleBasedStateMachine):
 
     @rule(rid=rids, pasid=pasids, ioasid=ids, ats=st.booleans())
     def attach(self, rid: int, pasid: int | None, ioasid: int, ats: bool) -> None:
-        ioasid = self.pick(ioasid)
+        ioasid = self.pick(ioasid, lambda each: self.attachable(rid, pasid, each))
         legal = self.attachable(rid, pasid, ioasid) and not (ats and self.elsewhere(rid, ioasid))
         if self.attempt(legal, lambda: self.ctx.attach(rid, ioasid, vpasid=pasid, ats=ats)):
             self.stacks[rid, pasid].append(ioasid)
@@ -495,6 +502,9 @@ class WholeSet(RuleBasedStateMachine):
         above = self.spaces[parent]
         assert above.parent is not None
         return kind == Kind.USER and self.is_host(above.parent) and above.bound != "pasids"
+
+    def is_used(self, ioasid: int) -> bool:
+        return bool(self.users(ioasid)) or any(space.parent == ioasid for space in self.spaces.values())
 
     def is_unbound(self, ioasid: int) -> bool:
         space = self.spaces.get(ioasid)
