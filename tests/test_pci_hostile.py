@@ -8,11 +8,9 @@ import os
 import random
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
 from pci_serving import IDENTITY, LIVENESS, SCRATCH, EduFunction, Serving
@@ -42,6 +40,7 @@ from vfio_user_client import (
     signals,
 )
 from vfu import libvfio_user
+from victim import Victim
 
 from backend.pci import FunctionServer
 from backend.pci import server as server_module
@@ -53,43 +52,14 @@ PATIENCE = 0.5
 """Seconds in which every read of another client must be answered. A stalled loop takes all the time there is."""
 
 
-class Victim:
-    """A client of another function, which reads all the while and remembers its slowest answer."""
+def victim_of(path: Path) -> Victim:
+    """A client of another function."""
+    client = VfioUserClient(path)
 
-    def __init__(self, path: Path) -> None:
-        self._client = VfioUserClient(path)
-        self._stop = threading.Event()
-        self.slowest = 0.0
-        self.answers = 0
-        self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._read)
+    def ask(number: int) -> None:
+        assert client.read(0, IDENTITY, 4) == 0x010000ED
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        before = self.answers
-        deadline = time.monotonic() + 5
-        while self.answers < before + 5 and self.error is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        self._stop.set()
-        self._thread.join()
-        self._client.close()
-        assert self.error is None
-        assert self.answers >= before + 5
-        assert self.slowest < PATIENCE
-
-    def _read(self) -> None:
-        try:
-            while not self._stop.is_set():
-                started = time.monotonic()
-                assert self._client.read(0, IDENTITY, 4) == 0x010000ED
-                self.slowest = max(self.slowest, time.monotonic() - started)
-                self.answers += 1
-                time.sleep(0.0005)
-        except Exception as error:
-            self.error = error
+    return Victim(ask, client.close, patience=PATIENCE)
 
 
 @pytest.fixture
@@ -117,7 +87,7 @@ def server(serving: Serving, function: EduFunction, path: Path) -> FunctionServe
 @pytest.fixture
 def victim(serving: Serving, server: FunctionServer, tmp_path: Path) -> Iterator[Victim]:
     serving.serve(EduFunction("other"), tmp_path / "other.sock")
-    with Victim(tmp_path / "other.sock") as made:
+    with victim_of(tmp_path / "other.sock") as made:
         yield made
 
 

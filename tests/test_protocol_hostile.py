@@ -17,11 +17,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import msgpack
 import pytest
 from rpc_serving import RawClient, RpcServing
+from victim import Victim
 
 from protocol import Limits
 from protocol import server as server_module
@@ -30,43 +30,14 @@ PATIENCE = 1.0
 """Seconds in which every request of another client must be answered. A stalled loop takes all the time there is."""
 
 
-class Victim:
-    """Another client, which asks all the while and remembers its slowest answer."""
+def victim_of(path: Path) -> Victim:
+    """Another client."""
+    client = RawClient(path)
 
-    def __init__(self, path: Path) -> None:
-        self._client = RawClient(path)
-        self._stop = threading.Event()
-        self.slowest = 0.0
-        self.answers = 0
-        self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._ask)
+    def ask(number: int) -> None:
+        assert client.ask(number, "add", a=number, b=1)[3] == number + 1
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        before = self.answers
-        deadline = time.monotonic() + 5
-        while self.answers < before + 5 and self.error is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        self._stop.set()
-        self._thread.join()
-        self._client.socket.close()
-        assert self.error is None
-        assert self.answers >= before + 5
-        assert self.slowest < PATIENCE
-
-    def _ask(self) -> None:
-        try:
-            while not self._stop.is_set():
-                started = time.monotonic()
-                assert self._client.ask(self.answers, "add", a=self.answers, b=1)[3] == self.answers + 1
-                self.slowest = max(self.slowest, time.monotonic() - started)
-                self.answers += 1
-                time.sleep(0.0005)
-        except Exception as error:
-            self.error = error
+    return Victim(ask, client.socket.close, patience=PATIENCE)
 
 
 @pytest.fixture
@@ -76,7 +47,7 @@ def serving(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[RpcSer
     with RpcServing(tmp_path / "rpc.sock") as made:
         gc.collect()
         before = made.call(lambda: len(os.listdir("/proc/self/fd")))
-        with Victim(made.path):
+        with victim_of(made.path):
             yield made
         made.wait_until_alone()
         assert made.call(lambda: len(os.listdir("/proc/self/fd"))) == before

@@ -7,34 +7,69 @@ no hardware has is refused by the core with BadValueError.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from backend.core._native import ffi, lib
 from backend.core.errors import BadValueError
 from backend.core.native import address, small
 
+_FLAGS: Mapping[str, tuple[bool, tuple[str, ...]]] = MappingProxyType(
+    {
+        "accessed": (True, ("ACCESSED",)),
+        "dirty": (True, ("DIRTY",)),
+        "accessed_dirty": (True, ("ACCESSED", "DIRTY")),
+        "sign_extended": (False, ("UNSIGNED",)),
+        "large_leaves": (False, ("NO_2M",)),
+        "gigabyte_leaves": (False, ("NO_1G",)),
+        "write_protect": (False, ("WRITE_ANY",)),
+        "smep": (True, ("SMEP",)),
+        "snoop_control": (False, ("NO_SNOOP",)),
+        "execute_only": (False, ("NO_EXECUTE_ONLY",)),
+        "execute_modes": (True, ("EXECUTE_MODES",)),
+        "large_output": (True, ("LARGE_OUTPUT",)),
+        "access_faults": (False, ("NO_ACCESS_FAULT",)),
+        "two_xn": (False, ("ONE_XN",)),
+        "user_memory": (True, ("SUM",)),
+        "svnapot": (False, ("NO_NAPOT",)),
+        "svpbmt": (False, ("NO_PBMT",)),
+        "svrsw60t59b": (True, ("RSW",)),
+    }
+)
+"""Of an option, whatever format has it: the value that the core is told of, and the VIO_TABLE_* that tell it."""
 
-def _flags(*options: tuple[bool, str]) -> int:
-    """The VIO_TABLE_* of the options that are on."""
+
+def _flags(*names: str) -> int:
     flags = 0
-    for on, name in options:
-        flags |= getattr(lib, f"VIO_TABLE_{name}") if on else 0
+    for name in names:
+        flags |= getattr(lib, f"VIO_TABLE_{name}")
     return flags
 
 
 @dataclass(frozen=True, slots=True)
-class TableFormat(ABC):
+class TableFormat:
     """A format with all that is to be known to read a table, but for where it lies."""
 
     name: ClassVar[str]
     """As in the core's list of formats."""
 
-    @abstractmethod
     def fields(self, root: int) -> dict[str, Any]:
         """The vio_table of a table at `root`."""
+        told: dict[str, Any] = {"flags": 0}
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name in _FLAGS:
+                when, names = _FLAGS[each.name]
+                told["flags"] |= _flags(*names) if bool(value) == when else 0
+            elif each.name == "output_bits":
+                told["output_bits"] = value
+            elif each.name == "levels":
+                told["tree"] = {"root": root, "levels": value}
+        return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +81,6 @@ class AmdV1(TableFormat):
     accessed: bool = False
     dirty: bool = False
 
-    def fields(self, root: int) -> dict[str, Any]:
-        flags = _flags((self.accessed, "ACCESSED"), (self.dirty, "DIRTY"))
-        return {"tree": {"root": root, "levels": self.levels}, "flags": flags}
 
 
 class ExecuteDisable(Enum):
@@ -77,14 +109,8 @@ class X86(TableFormat):
     smep: bool = False
 
     def fields(self, root: int) -> dict[str, Any]:
-        flags = self.execute_disable.value | _flags(
-            (not self.sign_extended, "UNSIGNED"),
-            (not self.gigabyte_leaves, "NO_1G"),
-            (not self.write_protect, "WRITE_ANY"),
-            (self.smep, "SMEP"),
-        )
-        tree = {"root": root, "levels": self.levels}
-        return {"tree": tree, "output_bits": self.output_bits, "flags": flags}
+        told = super(X86, self).fields(root)
+        return {**told, "flags": told["flags"] | self.execute_disable.value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +125,6 @@ class VtdSecondStage(TableFormat):
     gigabyte_leaves: bool = True
     snoop_control: bool = True
 
-    def fields(self, root: int) -> dict[str, Any]:
-        flags = _flags(
-            (self.accessed_dirty, "ACCESSED"),
-            (self.accessed_dirty, "DIRTY"),
-            (not self.large_leaves, "NO_2M"),
-            (not self.gigabyte_leaves, "NO_1G"),
-            (not self.snoop_control, "NO_SNOOP"),
-        )
-        tree = {"root": root, "levels": self.levels}
-        return {"tree": tree, "output_bits": self.output_bits, "flags": flags}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +140,6 @@ class Ept(TableFormat):
     large_leaves: bool = True
     gigabyte_leaves: bool = True
 
-    def fields(self, root: int) -> dict[str, Any]:
-        flags = _flags(
-            (self.accessed_dirty, "ACCESSED"),
-            (self.accessed_dirty, "DIRTY"),
-            (not self.execute_only, "NO_EXECUTE_ONLY"),
-            (self.execute_modes, "EXECUTE_MODES"),
-            (not self.large_leaves, "NO_2M"),
-            (not self.gigabyte_leaves, "NO_1G"),
-        )
-        tree = {"root": root, "levels": self.levels}
-        return {"tree": tree, "output_bits": self.output_bits, "flags": flags}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,24 +185,14 @@ class ArmStage1(TableFormat):
     access_faults: bool = True
 
     def fields(self, root: int) -> dict[str, Any]:
-        lower, upper = self.lower, self.upper
-        flags = _flags(
-            (self.large_output, "LARGE_OUTPUT"),
-            (self.accessed, "ACCESSED"),
-            (self.dirty, "DIRTY"),
-            (not self.access_faults, "NO_ACCESS_FAULT"),
-            (lower is not None and lower.ignore_top_byte, "TOP_BYTE"),
-            (lower is not None and not lower.hierarchical, "FLAT"),
-            (upper is not None and upper.ignore_top_byte, "UPPER_TOP_BYTE"),
-            (upper is not None and not upper.hierarchical, "UPPER_FLAT"),
-        )
-        none: dict[str, int] = {"levels": 0}
-        return {
-            "tree": lower.fields(root) if lower else none,
-            "upper": upper.fields(upper.root) if upper else none,
-            "output_bits": self.output_bits,
-            "flags": flags,
-        }
+        told = super(ArmStage1, self).fields(root)
+        for prefix, tree in (("", self.lower), ("UPPER_", self.upper)):
+            if tree is not None:
+                told["flags"] |= _flags(f"{prefix}TOP_BYTE") if tree.ignore_top_byte else 0
+                told["flags"] |= 0 if tree.hierarchical else _flags(f"{prefix}FLAT")
+        none = {"levels": 0}
+        lower = self.lower.fields(root) if self.lower else none
+        return {**told, "tree": lower, "upper": self.upper.fields(self.upper.root) if self.upper else none}
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,14 +209,7 @@ class ArmStage2(TableFormat):
     two_xn: bool = True
 
     def fields(self, root: int) -> dict[str, Any]:
-        flags = _flags(
-            (self.large_output, "LARGE_OUTPUT"),
-            (self.accessed, "ACCESSED"),
-            (self.dirty, "DIRTY"),
-            (not self.access_faults, "NO_ACCESS_FAULT"),
-            (not self.two_xn, "ONE_XN"),
-        )
-        return {"tree": self.tree.fields(root), "output_bits": self.output_bits, "flags": flags}
+        return {**super(ArmStage2, self).fields(root), "tree": self.tree.fields(root)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,16 +228,6 @@ class RiscV(TableFormat):
     svpbmt: bool = True
     svrsw60t59b: bool = False
 
-    def fields(self, root: int) -> dict[str, Any]:
-        flags = _flags(
-            (self.accessed_dirty, "ACCESSED"),
-            (self.accessed_dirty, "DIRTY"),
-            (self.user_memory, "SUM"),
-            (not self.svnapot, "NO_NAPOT"),
-            (not self.svpbmt, "NO_PBMT"),
-            (self.svrsw60t59b, "RSW"),
-        )
-        return {"tree": {"root": root, "levels": self.levels}, "flags": flags}
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,15 +241,6 @@ class RiscVSecondStage(TableFormat):
     svpbmt: bool = True
     svrsw60t59b: bool = False
 
-    def fields(self, root: int) -> dict[str, Any]:
-        flags = _flags(
-            (self.accessed_dirty, "ACCESSED"),
-            (self.accessed_dirty, "DIRTY"),
-            (not self.svnapot, "NO_NAPOT"),
-            (not self.svpbmt, "NO_PBMT"),
-            (self.svrsw60t59b, "RSW"),
-        )
-        return {"tree": {"root": root, "levels": self.levels}, "flags": flags}
 
 
 def table_of(fmt: TableFormat | str, root: int, levels: int) -> tuple[str, Any]:

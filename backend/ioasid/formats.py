@@ -57,9 +57,9 @@ class FormatRule:
     vendor: str
     table_class: type[core.TableFormat]
     levels: range
-    usual: int
-    root_bits: int
     source: str
+    usual: int = 4
+    root_bits: int = 52
     index_bits: int = 9
     extra_bits: int = 0
     leaf_levels: int = 3
@@ -208,8 +208,6 @@ FORMATS: Mapping[str, FormatRule] = MappingProxyType(
                 vendor="amd-v1",
                 table_class=core.AmdV1,
                 levels=range(1, 7),
-                usual=4,
-                root_bits=52,
                 leaf_levels=5,
                 write_only=True,
                 source="AMD I/O Virtualization Technology (IOMMU) Specification, 48882, section 2.2.3",
@@ -218,8 +216,6 @@ FORMATS: Mapping[str, FormatRule] = MappingProxyType(
                 vendor="x86",
                 table_class=core.X86,
                 levels=range(4, 6),
-                usual=4,
-                root_bits=52,
                 signed=True,
                 source="Intel SDM volume 3, 4.5; VT-d first stage, 3.6; AMD 48882, 2.2.6 (guest table)",
             ),
@@ -227,8 +223,6 @@ FORMATS: Mapping[str, FormatRule] = MappingProxyType(
                 vendor="vtd-second-stage",
                 table_class=core.VtdSecondStage,
                 levels=range(3, 6),
-                usual=4,
-                root_bits=52,
                 write_only=True,
                 source="Intel VT-d, 3.7 and 9.8",
             ),
@@ -236,16 +230,12 @@ FORMATS: Mapping[str, FormatRule] = MappingProxyType(
                 vendor="ept",
                 table_class=core.Ept,
                 levels=range(4, 6),
-                usual=4,
-                root_bits=52,
                 source="Intel SDM volume 3, The Extended Page Table Mechanism",
             ),
             FormatRule(
                 vendor="arm-s1",
                 table_class=core.ArmStage1,
                 levels=range(1, 5),
-                usual=4,
-                root_bits=52,
                 granules=(4096, 16384, 65536),
                 source=_ARM + "5.4 (CD)",
             ),
@@ -253,8 +243,6 @@ FORMATS: Mapping[str, FormatRule] = MappingProxyType(
                 vendor="arm-s2",
                 table_class=core.ArmStage2,
                 levels=range(1, 5),
-                usual=4,
-                root_bits=52,
                 granules=(4096, 16384, 65536),
                 write_only=True,
                 source=_ARM + "5.2 (STE)",
