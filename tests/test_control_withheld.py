@@ -153,7 +153,11 @@ def test_others_are_served_meanwhile(served: Served, child: Withholding) -> None
     at = child.userfault(16 * PAGE)
     stuck = [Raw(served, child, FIRST + 8 * (2 + index)) for index in range(32)]
     for index, each in enumerate(stuck):
-        (each.read if index % 2 else each.write)(at + index % 16 * PAGE, 8 if index % 2 else b"8 bytes.")  # type: ignore[operator]
+        page = at + index % 16 * PAGE
+        if index % 2:
+            each.read(page)
+        else:
+            each.write(page, b"8 bytes.")
     assert all(each.waits for each in stuck)
     fine = child.private(PAGE)
     with served.client() as client, memory(SIZE) as ram:

@@ -55,8 +55,8 @@ class QemuCommand:
     def guest(self) -> list[str]:
         """The processor, the kernel and its initramfs."""
         machine = self.machine
-        # Where there can only be one CPU, TCG does atomic instructions in two steps, and what a device writes between them
-        # is lost: its atomics, and accessed and dirty bits in the guest's page tables.
+        # Where there can only be one CPU, TCG does atomic instructions in two steps, and what a device writes between
+        # them is lost: its atomics, and accessed and dirty bits in the guest's page tables.
         cpus = f"cpus={machine.cpus},maxcpus={max(2, machine.cpus)}"
         return [
             "-accel", self.accel, "-cpu", "host" if self.accel == "kvm" else machine.cpu, "-smp", cpus,
