@@ -3,19 +3,26 @@
 
 #include "request.h"
 
+static void settle_translate(struct job *job)
+{
+    (void)job; /* it is asked again */
+}
+
 static int run_translate(struct guard *guard, void *context)
 {
     struct job *job = context;
 
     int reason = request_translate(job, &job->request, guard);
 
-    return !reason && job->request.space->walk == walk_process ? process_look(&job->request) : reason;
+    return !reason && job->request.space->walk == walk_process ? process_look(job->errand, &job->request) : reason;
 }
 
 int vio_translate(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access,
                   vio_translation *out)
 {
-    struct job job = {.engine = engine, .request = {.rid = rid, .pasid = pasid, .need = access, .iova = iova}};
+    struct job job = {.engine = engine,
+                      .request = {.rid = rid, .pasid = pasid, .need = access, .iova = iova},
+                      .settle = settle_translate};
     const struct request *request = &job.request;
     int status;
 

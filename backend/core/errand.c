@@ -3,7 +3,12 @@
 #include "errand.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 #include "request.h"
 
@@ -104,13 +109,10 @@ static bool change_helper(struct errands *errands, struct errand *errand, struct
     return helper;
 }
 
-/* Have bytes copied between iovecs here and there: their count, or -errno, in *result, unless it was broken off. */
-static enum helper_end transfer(struct errands *errands, struct errand *errand, const vio_process *process,
-                                const struct iovec *here, const struct iovec *there, unsigned count, bool write,
-                                uint64_t latest, long *result)
+/* Have a system call made: its result, unless it was broken off. */
+static enum helper_end have_called(struct errands *errands, struct errand *errand, long number, const long arguments[6],
+                                   uint64_t latest, long *result)
 {
-    const long arguments[6] = {process->pid, (long)(uintptr_t)here, count, (long)(uintptr_t)there, count, 0};
-    const long number = write ? SYS_process_vm_writev : SYS_process_vm_readv;
     enum helper_end end = HELPER_DIED;
 
     for (unsigned deaths = 0; end == HELPER_DIED && deaths < DEATHS; deaths++) {
@@ -121,6 +123,71 @@ static enum helper_end transfer(struct errands *errands, struct errand *errand, 
             change_helper(errands, errand, NULL);
     }
     return end == HELPER_DIED ? HELPER_LATE : end;
+}
+
+/* Have bytes copied between iovecs here and there: their count, or -errno, in *result. */
+static enum helper_end transfer(struct errands *errands, struct errand *errand, const vio_process *process,
+                                const struct iovec *here, const struct iovec *there, unsigned count, bool write,
+                                uint64_t latest, long *result)
+{
+    const long arguments[6] = {process->pid, (long)(uintptr_t)here, count, (long)(uintptr_t)there, count, 0};
+
+    return have_called(errands, errand, write ? SYS_process_vm_writev : SYS_process_vm_readv, arguments, latest, result);
+}
+
+/* A line of /proc/PID/maps (proc(5)): "first-end rwxp ..."; false: it is none. */
+static bool parse_mapping(const char *line, struct mapping *mapping)
+{
+    char rights[5];
+
+    if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s", &mapping->first, &mapping->end, rights) != 3)
+        return false;
+    mapping->perm = (rights[0] == 'r' ? VIO_READ : 0u) | (rights[1] == 'w' ? VIO_WRITE : 0u) |
+                    (rights[2] == 'x' ? VIO_EXECUTE : 0u);
+    return true;
+}
+
+/* The mapping at request->iova, or none there, in errand->found; or a reason. */
+static void look(struct errands *errands, struct errand *errand, const vio_process *process)
+{
+    char path[32], text[8192 + 1];
+    uint64_t iova = errand->request->iova, latest = helper_clock() + ERRAND_LOOK;
+    size_t kept = 0; /* of a line that is not whole yet */
+    long result;
+    bool found = false;
+    const long opening[6] = {AT_FDCWD, (long)(uintptr_t)path, O_RDONLY | O_CLOEXEC};
+    enum helper_end end;
+    int fd;
+
+    errand->found = (struct mapping){0};
+    errand->reason = 0;
+    snprintf(path, sizeof path, "/proc/%d/maps", process->pid);
+    end = have_called(errands, errand, SYS_openat, opening, latest, &result);
+    fd = end == HELPER_ANSWERED ? (int)result : -1;
+    while (end == HELPER_ANSWERED && fd >= 0 && !found) {
+        const long reading[6] = {fd, (long)(uintptr_t)(text + kept), (long)(sizeof text - 1 - kept)};
+        char *line = text, *rest;
+
+        end = have_called(errands, errand, SYS_read, reading, latest, &result);
+        if (end != HELPER_ANSWERED || result <= 0)
+            break;
+        text[kept + (size_t)result] = 0;
+        for (; !found && (rest = strchr(line, '\n')); line = rest + 1) {
+            struct mapping mapping;
+
+            found = parse_mapping(line, &mapping) && iova < mapping.end;
+            if (found && mapping.first <= iova)
+                errand->found = mapping;
+        }
+        kept = strlen(line);
+        memmove(text, line, kept + 1);
+    }
+    if (fd >= 0)
+        close(fd);
+    if (end == HELPER_LATE)
+        errand->reason = VIO_REASON_WITHHELD;
+    errand->looked = end == HELPER_HURRIED ? NULL : process;
+    errand->moved = 0;
 }
 
 /* Why nothing was moved of the piece at `there`; 0: it was broken off, and is to be tried again. */
@@ -213,11 +280,15 @@ void errand_run(struct vio_engine *engine, struct errand *errand)
 
     set_out(&engine->errands, errand);
     gate_leave(&engine->gate);
-    move(&engine->errands, errand, process, write);
+    if (errand->look)
+        look(&engine->errands, errand, process);
+    else
+        move(&engine->errands, errand, process, write);
     come_back(&engine->errands, errand);
     vio_process_release(process);
     errand->pieces = 0;
     errand->size = 0;
+    errand->look = false;
 }
 
 /* The caller's buffer may be a mapped file, truncated by now: touched here, that is the guard's to tell. */

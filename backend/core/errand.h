@@ -21,6 +21,7 @@
 #include <sys/uio.h>
 
 #include "helper.h"
+#include "vio.h"
 
 struct request;
 struct space;
@@ -32,20 +33,35 @@ struct vio_engine;
  */
 #define ERRAND_PATIENCE 1000000000u /* nanoseconds */
 
+/*
+ * With the list of a process's mappings, which is there for the asking unless a thread of that process sleeps in the
+ * kernel with its address space locked: whoever looks waits himself.
+ */
+#define ERRAND_LOOK 50000000u /* nanoseconds */
+
 #define ERRAND_PIECES 64u   /* each within a page: 128 KiB of whole ones, or so many short ones */
 #define ERRAND_SIZE 131072u /* bytes */
 #define ERRAND_SPACES 8u    /* on the way from a request to its memory */
+
+/* A mapping of a process; `end` 0: there is none. */
+struct mapping {
+    uint64_t first, end;
+    unsigned perm;
+};
 
 struct errand {
     /* what it is to do; `pieces` 0: nothing */
     struct request *request;
     unsigned pieces;
+    int reason; /* of the last one: see errand_reason */
     uint64_t size;
+    uint64_t moved; /* by the last one */
+    bool look; /* at the list of its mappings, at request->iova: `pieces` is 1 */
     struct iovec here[ERRAND_PIECES], there[ERRAND_PIECES];
-    /* what came of it, told to the request until it has looked */
-    uint64_t moved;
-    int reason;
+    struct mapping found;       /* at request->iova */
+    const vio_process *looked;  /* whose it is: compared only */
     struct iovec stopped; /* what of the buffer was to be moved next */
+    uint64_t since;       /* when it began to move nothing, 0: not */
     /* on its way: kept by struct errands */
     struct helper *helper;
     struct errand *before, *next;
@@ -53,8 +69,6 @@ struct errand {
     uint32_t rid, pasid;
     uint64_t number;
     bool hurried;
-    /* when it began to move nothing; 0: not */
-    uint64_t since;
 };
 
 struct errands {
@@ -74,6 +88,8 @@ static inline void errand_init(struct errand *errand)
     errand->pieces = 0;
     errand->size = errand->since = 0;
     errand->reason = 0;
+    errand->look = false;
+    errand->looked = NULL;
 }
 
 /*
@@ -81,6 +97,14 @@ static inline void errand_init(struct errand *errand)
  * first. Only one request at a time has an errand.
  */
 uint64_t errand_add(struct errand *errand, struct request *request, void *buffer, uint64_t size);
+
+/* Have request->iova looked up in the list of the process's mappings. */
+static inline void errand_look(struct errand *errand, struct request *request)
+{
+    errand->request = request;
+    errand->look = true;
+    errand->pieces = 1;
+}
 
 /* In the gate: leave it, do the errand, with the gate left still when this returns. `pieces` is 0 then. */
 void errand_run(struct vio_engine *engine, struct errand *errand);

@@ -14,6 +14,7 @@ struct lookup {
     bool pasid_table;  /* steps are of a PASID table, or lead to it */
     bool middle;       /* steps are of the guest's table in the middle, or lead to it */
     unsigned table_of; /* of those: see vio_step */
+    struct errand *errand;
     struct space own;  /* what the PASID leads to: a nested space in all but name */
 };
 
@@ -396,7 +397,7 @@ static int run_lookup(struct guard *guard, void *context)
         request->walk.iova = request->iova;
         reason = space->walk(space, guard, &request->walk);
         if (!reason)
-            reason = process_look(request);
+            reason = process_look(lookup->errand, request);
         if (!reason)
             lookup->path->translation = (vio_translation){request->walk.hva, request->hit.size, request->iova,
                                                           request_permitted(request, request->hit.perm)};
@@ -421,18 +422,16 @@ static int run_lookup(struct guard *guard, void *context)
     return 0;
 }
 
-int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access, vio_path *out)
+/* In the gate: look it up, into the path; 0 or a reason, or an errand is to be run first. */
+static int look_up(struct vio_engine *engine, struct lookup *lookup)
 {
-    struct lookup lookup = {.request = {.rid = rid, .pasid = pasid, .need = access, .iova = iova}, .path = out};
-    struct request *request = &lookup.request;
+    struct request *request = &lookup->request;
+    vio_path *out = lookup->path;
     struct space *space;
     int reason, result = 0;
 
-    if (!(access & PT_RWX) || (access & ~(uint32_t)(PT_RWX | VIO_PRIVILEGED)))
-        return VIO_ERR_VALUE;
     out->count = out->ioasid = out->parent = 0;
     out->format = out->middle_format = out->parent_format = -1;
-    gate_pass(&engine->gate);
     reason = request_route(engine, request);
     if (!reason)
         reason = window_enter(request);
@@ -445,18 +444,38 @@ int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, 
         if (space->parent && space->parent->parent && space->parent->walk)
             out->middle_format = space->parent->format;
     }
-    if (!reason && guard_run(&lookup.guard, run_lookup, &lookup, &result) == GUARD_OK) {
+    if (!reason && guard_run(&lookup->guard, run_lookup, lookup, &result) == GUARD_OK) {
         reason = result;
     } else if (!reason) { /* of an entry of the guest's: our own tables stay */
-        lookup.step->reason = VIO_REASON_MEMORY_GONE;
-        reason = end_at(&lookup, lookup.step, lookup.step->address, true, VIO_REASON_MEMORY_GONE);
-        request->walk.has_middle = lookup.step->middle;
-        request->walk.middle = lookup.step->input;
+        lookup->step->reason = VIO_REASON_MEMORY_GONE;
+        reason = end_at(lookup, lookup->step, lookup->step->address, true, VIO_REASON_MEMORY_GONE);
+        request->walk.has_middle = lookup->step->middle;
+        request->walk.middle = lookup->step->input;
+    }
+    request->space = space;
+    return reason;
+}
+
+int vio_lookup(vio_engine *engine, uint32_t rid, uint32_t pasid, uint64_t iova, uint32_t access, vio_path *out)
+{
+    struct errand errand;
+    struct lookup lookup = {
+        .request = {.rid = rid, .pasid = pasid, .need = access, .iova = iova}, .path = out, .errand = &errand};
+    int reason;
+
+    if (!(access & PT_RWX) || (access & ~(uint32_t)(PT_RWX | VIO_PRIVILEGED)))
+        return VIO_ERR_VALUE;
+    errand_init(&errand);
+    for (;;) {
+        gate_pass(&engine->gate);
+        reason = look_up(engine, &lookup);
+        if (!errand.pieces)
+            break;
+        errand_run(engine, &errand);
     }
     out->found = !reason;
-    request->space = space;
     if (reason)
-        out->fault = request_fault(request, reason, 0);
+        out->fault = request_fault(&lookup.request, reason, 0);
     gate_leave(&engine->gate);
     return VIO_OK;
 }

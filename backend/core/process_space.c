@@ -128,44 +128,27 @@ int process_own_reason(struct request *request)
                : VIO_REASON_NOT_PRESENT;
 }
 
-/* The next line of /proc/PID/maps (proc(5)); a path may be longer than what we look at. */
-static bool next_mapping(FILE *maps, uint64_t *first, uint64_t *end, char rights[5])
-{
-    char line[128];
-    bool told = fgets(line, sizeof line, maps) &&
-                sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s", first, end, rights) == 3;
-
-    while (told && !strchr(line, '\n') && fgets(line, sizeof line, maps))
-        continue;
-    return told;
-}
-
-int process_look(struct request *request)
+int process_look(struct errand *errand, struct request *request)
 {
     const vio_process *process = request->space->process;
-    uint64_t first = 0, end = 0;
-    char path[32], rights[5];
-    unsigned perm = 0;
-    FILE *maps;
+    const struct mapping *found = &errand->found;
 
-    snprintf(path, sizeof path, "/proc/%d/maps", process->pid);
-    maps = fopen(path, "re");
-    while (maps && end <= request->iova && next_mapping(maps, &first, &end, rights))
-        continue;
-    if (maps)
-        fclose(maps);
-    if (first <= request->iova && request->iova < end)
-        perm = (rights[0] == 'r' ? VIO_READ : 0u) | (rights[1] == 'w' ? VIO_WRITE : 0u) |
-               (rights[2] == 'x' ? VIO_EXECUTE : 0u);
+    if (errand->looked != process) { /* not yet, or the request has come to lead elsewhere */
+        errand_look(errand, request);
+        return 0;
+    }
+    errand->looked = NULL;
     request->walk.stage = 1;
     request->walk.has_gpa = false;
     if (!process_alive(process))
         return VIO_REASON_MEMORY_GONE;
-    if (!perm)
+    if (errand->reason)
+        return errand->reason;
+    if (!found->end)
         return VIO_REASON_NOT_PRESENT;
-    if (request->need & PT_RWX & ~perm)
+    if (request->need & PT_RWX & ~found->perm)
         return VIO_REASON_PERMISSION;
-    request->hit.perm = PT_BOTH(perm);
-    request->hit.size = end - request->iova;
+    request->hit.perm = PT_BOTH(found->perm);
+    request->hit.size = found->end - request->iova;
     return 0;
 }

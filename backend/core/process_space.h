@@ -19,6 +19,7 @@
 
 #include "vio.h"
 
+struct errand;
 struct guard;
 struct request;
 struct space;
@@ -48,7 +49,10 @@ void process_place(struct request *request);
 /* Why our own memory could not be touched at request->hit, and its place. */
 int process_own_reason(struct request *request);
 
-/* What is mapped at request->iova, without touching it: narrow request->hit to it; 0, or a reason. */
-int process_look(struct request *request);
+/*
+ * What is mapped at request->iova, without touching it: narrow request->hit to it; 0, or a reason. It takes an errand: 0
+ * as well, and it is to be asked again after that.
+ */
+int process_look(struct errand *errand, struct request *request);
 
 #endif

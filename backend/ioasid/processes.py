@@ -19,6 +19,8 @@ class _IoVec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
+NO_ADDRESS = 1 << 63
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.process_vm_readv.argtypes = (
     ctypes.c_int,
@@ -85,9 +87,10 @@ def open_process(pid: int) -> Process:
 
 
 def _access(pid: int) -> int:
-    """0, or the errno with which the kernel refuses to let us touch a process: it is asked for the null page."""
+    """0, or the errno with which the kernel refuses to let us touch a process. It is asked for an address that none has:
+    the null page could be mapped, and withheld."""
     byte = ctypes.create_string_buffer(1)
-    local, remote = _IoVec(ctypes.addressof(byte), 1), _IoVec(0, 1)
+    local, remote = _IoVec(ctypes.addressof(byte), 1), _IoVec(NO_ADDRESS, 1)
     if _libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0) >= 0:
         return 0
     why = ctypes.get_errno()
