@@ -87,8 +87,8 @@ def open_process(pid: int) -> Process:
 
 
 def _access(pid: int) -> int:
-    """0, or the errno with which the kernel refuses to let us touch a process. It is asked for an address that none has:
-    the null page could be mapped, and withheld."""
+    """0, or the errno with which the kernel refuses to let us touch a process. It is asked for an address that none
+    has: the null page could be mapped, and withheld."""
     byte = ctypes.create_string_buffer(1)
     local, remote = _IoVec(ctypes.addressof(byte), 1), _IoVec(NO_ADDRESS, 1)
     if _libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0) >= 0:
