@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from control_serving import COMMAND, FIRST, SECONDS, Served, serving, vioasid
+
+from protocol import Connection, Server
 
 
 @pytest.fixture
@@ -55,3 +59,36 @@ def test_faults_that_are_yet_to_come(tmp_path: Path) -> None:
             assert following.stdout.readline() == ""
             assert following.wait(SECONDS) == 0
         served.process.wait(SECONDS)
+
+
+class Told:
+    """A connection to a server where a fault comes between the subscription and the look at those that are kept."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def subscribe(self, fields: Mapping[str, Any]) -> list[str]:
+        assert fields == {"topics": ["vm.fault"]}
+        return ["vm.fault"]
+
+    def faults(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        del fields
+        for number in (2, 3):
+            self.connection.notify("vm.fault", {"number": number})
+        asyncio.get_running_loop().call_soon(self.connection.close, 108, "that was all")
+        return {"faults": [{"number": 1}, {"number": 2}], "lost": 0, "more": False}
+
+    def closed(self) -> None:
+        pass
+
+
+async def test_a_fault_that_is_kept_and_told_is_said_once(tmp_path: Path) -> None:
+    methods = {"subscribe": Told.subscribe, "vm.faults": Told.faults}
+    server = Server(methods, tmp_path / "s", on_connect=Told)
+    await server.start()
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "faults", "--follow", "--json", "--socket", str(server.path), stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), SECONDS)
+    await server.close()
+    assert [json.loads(line)["number"] for line in out.splitlines()] == [1, 2, 3]
