@@ -25,7 +25,7 @@ uint64_t helper_haste = HELPER_HASTE;
 #define STACK 16384u
 #define IDLE_MOST 4u   /* kept for the next call: a clone costs 50 us, and more than a few callers at once are rare */
 #define STUCK_MOST 16u /* each is a process that we cannot end: whoever makes more of them gets no more helpers */
-#define LOOKS 150u     /* at the other side's answer before going to sleep: some 10 us */
+#define LOOKS 1500u    /* at the other side's answer before going to sleep: some 70 us, what two wakings of an idle CPU cost */
 #define DYING 20000000u /* nanoseconds that a killed process may take before we look what keeps it */
 
 struct helper {

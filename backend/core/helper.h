@@ -6,8 +6,8 @@
  * that can be spared. It shares our memory and our descriptors (clone(2), CLONE_VM and CLONE_FILES), so nothing is
  * copied on the way, makes one system call at a time for whoever has taken it, and touches nothing else.
  *
- * Handing a call over costs about a microsecond while both sides look out for each other, which they do for a few
- * microseconds, and two wakings by the kernel else.
+ * Handing a call over costs about a microsecond while both sides look out for each other, which they do for some 70
+ * microseconds, and two wakings by the kernel else: 40 where the other CPU was idle.
  */
 #ifndef VIOASID_HELPER_H
 #define VIOASID_HELPER_H
