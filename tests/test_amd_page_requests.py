@@ -53,6 +53,7 @@ from backend.viommu.amd.ppr_log import entry
 PASID = 0xB005
 ADDRESS = 0x7F12_3456_7000
 PPR = 1 << 52
+EXCLUSION_LIMIT = 0x28
 READ_ACCESS = Access.READ
 
 
@@ -386,3 +387,20 @@ class TestRefused:
         sva.control(clear=EVENT_INT_EN)
         assert len(sva.events()) == 1
         assert sva.ram.peek(PPRS, 16) == bytes(16)
+
+
+def test_a_device_that_asks_as_its_route_goes(sva: Vm) -> None:
+    """Its answer comes with the route half gone; what it asks then finds none, and the next request a whole one."""
+    device, answers = Device(sva), list[Code]()
+
+    def again(answer: PageResponse) -> None:
+        answers.append(answer.code)
+        device.ask(4)
+
+    device.device.page_request(PASID, ADDRESS, READ_ACCESS, group=3, last=True, answer=again)
+    sva.write(EXCLUSION_LIMIT, PAGE)  # routes go, what is known of the device table stays
+    assert (answers, device.codes()) == ([Code.INVALID], [(4, Code.INVALID)])
+    device.ask(5)
+    assert device.codes() == []
+    sva.submit(complete_ppr(ENDPOINT, 5))
+    assert device.codes() == [(5, Code.SUCCESS)]

@@ -78,6 +78,7 @@ class Domains:
         self._stage2 = stage2
         self._domains: dict[DomainKey, Domain] = {}
         self._routes: dict[int, tuple[DomainKey, ...]] = {}  # by RID; empty: stage 2 alone
+        self._going: set[int] = set()
 
     @property
     def ioasids(self) -> dict[DomainKey, int]:
@@ -87,6 +88,10 @@ class Domains:
     def __contains__(self, rid: int) -> bool:
         """Whether a device has a route."""
         return rid in self._routes
+
+    def going(self, rid: int) -> bool:
+        """Whether a device's route is being taken away: its page requests are answered then, and it may ask at once."""
+        return rid in self._going
 
     def route(self, rid: int, verdict: Verdict, excluded: tuple[int, int] | None = None) -> None:
         """Route a device's requests as its entry says, but for those to the addresses [start, end) that are excluded
@@ -113,8 +118,12 @@ class Domains:
         keys = self._routes.pop(rid, None)
         if keys is None:
             return
-        for _ in (self._stage2, *keys):  # each gives routing back to the one beneath
-            self._detach(rid)
+        self._going.add(rid)
+        try:
+            for _ in (self._stage2, *keys):  # each gives routing back to the one beneath
+                self._detach(rid)
+        finally:
+            self._going.discard(rid)
         for key in reversed(keys):
             self._release(key)
 

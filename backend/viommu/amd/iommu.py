@@ -184,7 +184,7 @@ class AmdIommu(PciFunction):
 
     def route(self, rid: int, pasid: int | None = None) -> bool:
         """Attach an endpoint that has no route, as its device table entry says. False: its requests are refused."""
-        if rid not in self.endpoints:
+        if rid not in self.endpoints or self.domains.going(rid):
             return False
         if not self.enabled:
             return pasid is None and self._attach(rid, Verdict(Decision.BYPASS, 0, EVERYTHING))
