@@ -138,7 +138,7 @@ def _other_process() -> list[Result]:
             for size, name in ((8, "8 bytes"), (PAGE, "4 KiB"), (1 << 20, "1 MiB")):
                 times = 2000 if size <= PAGE else 100
                 clock = time.perf_counter_ns  # most of it is done by a helper process
-                ours, other = _best(*(_transfers(engine, rid, at, size, times, clock) for rid in (NAMED, GIANT)))
+                ours, other = _best(*(_transfers(engine, rid, at, size, times, clock=clock) for rid in (NAMED, GIANT)))
                 found.append(_result(f"sva, another process: DMA of {name}", ours, "us", other, AS_FAST))
     finally:
         child.kill()
@@ -208,7 +208,7 @@ def _random_places(engine: Engine, rid: int, at: int) -> Callable[[], float]:
 
 
 def _transfers(
-    engine: Engine, rid: int, at: int, size: int, times: int, clock: Callable[[], int] = time.thread_time_ns
+    engine: Engine, rid: int, at: int, size: int, times: int, *, clock: Callable[[], int] = time.thread_time_ns
 ) -> Callable[[], float]:
     buffer = bytearray(size)
 

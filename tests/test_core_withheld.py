@@ -27,7 +27,7 @@ from backend.core import (
 )
 
 SVA, PLAIN, LENT, OTHER_SVA = 1, 2, 3, 4
-RID, PLAIN_RID, LENT_RID = 8, 9, 10
+RID, PLAIN_RID, LENT_RID, OTHER_RID = 8, 9, 10, 11
 FOREVER = 600.0
 """Longer than any test lasts: whoever waits for the page waits until the test's own time is over."""
 SECONDS = 60.0
@@ -362,12 +362,18 @@ def test_a_file_in_user_space(stage: Stage, tmp_path: Path, one_by_one: bool) ->
 
 
 def test_those_that_cannot_be_killed_are_bounded(child: Withholding, tmp_path: Path) -> None:
-    """Sixteen: then nobody gets a helper for memory of other processes until one of them has gone."""
-    with closing(Stage(0.05, child)) as stage:
+    """Four in the memory of one process: then it gets no helper until one of them has gone, and others get theirs."""
+    with closing(Stage(0.05, child)) as stage, withholding() as other:
         at = child.fuse(tmp_path, one_by_one=True)
-        for page in range(20):
+        for page in range(8):
             assert facts(stage.core.load(RID, at + page * PAGE, 8)) == (Reason.WITHHELD, at + page * PAGE, 0)
-        assert helpers_of() == 16
+        assert helpers_of() == 4
+        process = hold(other.pid)
+        stage.core.create_process_space(OTHER_SVA, process)
+        process.close()
+        stage.core.attach(OTHER_RID, None, OTHER_SVA)
+        for _ in range(8):
+            assert stage.core.dma_write(OTHER_RID, other.private(PAGE), b"others") is None
         assert stage.core.dma_write(PLAIN_RID, 0, b"others") is None
         child.kill()
         while isinstance(stage.core.load(RID, at, 8), Fault) and helpers_of() > 1:

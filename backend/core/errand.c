@@ -109,14 +109,14 @@ static bool change_helper(struct errands *errands, struct errand *errand, struct
     return helper;
 }
 
-/* Have a system call made: its result, unless it was broken off. */
-static enum helper_end have_called(struct errands *errands, struct errand *errand, long number, const long arguments[6],
-                                   uint64_t latest, long *result)
+/* Have a system call made about a process: its result, unless it was broken off. */
+static enum helper_end have_called(struct errands *errands, struct errand *errand, const vio_process *process,
+                                   long number, const long arguments[6], uint64_t latest, long *result)
 {
     enum helper_end end = HELPER_DIED;
 
     for (unsigned deaths = 0; end == HELPER_DIED && deaths < DEATHS; deaths++) {
-        if (!errand->helper && !change_helper(errands, errand, helper_take(&errands->helpers)))
+        if (!errand->helper && !change_helper(errands, errand, helper_take(&errands->helpers, process->pid)))
             return HELPER_LATE;
         end = helper_call(errand->helper, number, arguments, latest, &errand->hurried, result);
         if (end != HELPER_ANSWERED)
@@ -131,8 +131,9 @@ static enum helper_end transfer(struct errands *errands, struct errand *errand, 
                                 uint64_t latest, long *result)
 {
     const long arguments[6] = {process->pid, (long)(uintptr_t)here, count, (long)(uintptr_t)there, count, 0};
+    const long number = write ? SYS_process_vm_writev : SYS_process_vm_readv;
 
-    return have_called(errands, errand, write ? SYS_process_vm_writev : SYS_process_vm_readv, arguments, latest, result);
+    return have_called(errands, errand, process, number, arguments, latest, result);
 }
 
 /* A line of /proc/PID/maps (proc(5)): "first-end rwxp ..."; false: it is none. */
@@ -162,13 +163,13 @@ static void look(struct errands *errands, struct errand *errand, const vio_proce
     errand->found = (struct mapping){0};
     errand->reason = 0;
     snprintf(path, sizeof path, "/proc/%d/maps", process->pid);
-    end = have_called(errands, errand, SYS_openat, opening, latest, &result);
+    end = have_called(errands, errand, process, SYS_openat, opening, latest, &result);
     fd = end == HELPER_ANSWERED ? (int)result : -1;
     while (end == HELPER_ANSWERED && fd >= 0 && !found) {
         const long reading[6] = {fd, (long)(uintptr_t)(text + kept), (long)(sizeof text - 1 - kept)};
         char *line = text, *rest;
 
-        end = have_called(errands, errand, SYS_read, reading, latest, &result);
+        end = have_called(errands, errand, process, SYS_read, reading, latest, &result);
         if (end != HELPER_ANSWERED || result <= 0)
             break;
         text[kept + (size_t)result] = 0;

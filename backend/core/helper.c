@@ -24,7 +24,8 @@ uint64_t helper_haste = HELPER_HASTE;
 
 #define STACK 16384u
 #define IDLE_MOST 4u   /* kept for the next call: a clone costs 50 us, and more than a few callers at once are rare */
-#define STUCK_MOST 16u /* each is a process that we cannot end: whoever makes more of them gets no more helpers */
+#define STUCK_MOST 32u /* each is a process that we cannot end: beyond so many there are no more helpers for anybody */
+#define STUCK_EACH 4u  /* of them in the memory of one process, which gets none then: others have theirs left */
 #define LOOKS 1500u    /* at the other side's answer before going to sleep: some 70 us, what two wakings of an idle CPU cost */
 #define DYING 20000000u /* nanoseconds that a killed process may take before we look what keeps it */
 
@@ -36,6 +37,7 @@ struct helper {
     long number, arguments[6], result;
     pid_t pid;
     int parent;
+    int owner; /* of the memory that it is for, a pid */
     struct helper *next;
     _Alignas(16) char stack[STACK];
 };
@@ -190,13 +192,20 @@ static struct helper *make(void)
     return helper;
 }
 
-struct helper *helper_take(struct helpers *helpers)
+struct helper *helper_take(struct helpers *helpers, int owner)
 {
     struct helper *helper;
+    unsigned stuck = 0;
     bool full;
 
     pthread_mutex_lock(&helpers->lock);
     bury_stuck(helpers);
+    for (helper = helpers->stuck; helper; helper = helper->next)
+        stuck += helper->owner == owner;
+    if (stuck >= STUCK_EACH) {
+        pthread_mutex_unlock(&helpers->lock);
+        return NULL;
+    }
     while ((helper = helpers->idle)) {
         helpers->idle = helper->next;
         helpers->idle_count--;
@@ -206,7 +215,11 @@ struct helper *helper_take(struct helpers *helpers)
     }
     full = helpers->stuck_count >= STUCK_MOST;
     pthread_mutex_unlock(&helpers->lock);
-    return helper || full ? helper : make();
+    if (!helper && !full)
+        helper = make();
+    if (helper)
+        helper->owner = owner;
+    return helper;
 }
 
 void helper_give(struct helpers *helpers, struct helper *helper)

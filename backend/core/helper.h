@@ -29,8 +29,9 @@ struct helpers {
 void helpers_init(struct helpers *helpers);
 void helpers_deinit(struct helpers *helpers); /* nobody has taken one */
 
-/* A helper of one's own until it is given back, alive or not; NULL if the system, or a bound, allows none. */
-struct helper *helper_take(struct helpers *helpers);
+/* A helper of one's own until it is given back, alive or not, for the memory of process `owner`; NULL if the system, or a
+ * bound, allows none. */
+struct helper *helper_take(struct helpers *helpers, int owner);
 void helper_give(struct helpers *helpers, struct helper *helper);
 
 /*

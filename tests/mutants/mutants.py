@@ -38,6 +38,8 @@ COPIED = (
 CHECKS_SHOWN = 3
 BOOTS: set[subprocess.Popen[str]] = set()
 """Those that run, to be ended when we are."""
+ENDING = threading.Event()
+"""Set before they are: one that begins later ends itself."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
     try:
         yield pool
     finally:
+        ENDING.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(BOOTS):
             process.terminate()
@@ -160,6 +163,8 @@ def boot(copy: Path, machine: str) -> list[str]:
             cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as process:  # fmt: skip
             BOOTS.add(process)
+            if ENDING.is_set():
+                process.terminate()
             try:
                 out, said = process.communicate(timeout=BOOT_SECONDS)
             except subprocess.TimeoutExpired:

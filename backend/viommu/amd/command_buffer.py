@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from backend.core import Fault
 from backend.pci.registers import RegisterTable
@@ -22,6 +23,8 @@ from backend.viommu.amd.status import StatusRegister
 log = logging.getLogger(__name__)
 
 _PAGE = 0x1000
+TURN_MOST = 1024
+"""Commands done in one turn: twice what Linux's ring holds, and some 100 ms of the costliest. Rings may hold 32,768."""
 
 
 class UnreadableCommand(Exception):
@@ -66,7 +69,8 @@ class CommandBuffer:
     """Runs the commands of the ring. Its registers are the owner's.
 
     `execute(command, address)` does one (its GPA is for events), and answers False for one that must wait: then the
-    buffer stands still with the head at it, and `run` tries it again. `report(event)` logs.
+    buffer stands still with the head at it, and `run` tries it again. `report(event)` logs. `later(run)` has `run` called
+    when everybody else had a turn.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class CommandBuffer:
         read: Callable[[int, int], bytes | Fault],
         execute: Callable[[Command, int], bool],
         report: Callable[[bytes], object],
+        later: Callable[[Callable[[], None]], object],
     ) -> None:
         self._registers = registers
         self._status = status
@@ -85,12 +90,15 @@ class CommandBuffer:
         self._read = read
         self._execute = execute
         self._report = report
+        self._later = later
         self._running = False
+        self._left = False
+        """`later` was told."""
         self.done: Counter[Opcode] = Counter()
         """Commands, by opcode."""
 
     def run(self) -> None:
-        """All commands up to the tail, while the buffer runs: one round of the ring (at most 32,768) a call.
+        """The commands up to the tail, while the buffer runs; what is left after TURN_MOST of them, later.
 
         Called again by what a command does (a device that answers at once), it has nothing to do.
         """
@@ -102,17 +110,25 @@ class CommandBuffer:
         finally:
             self._running = False
 
+    def _go_on(self) -> None:
+        self._left = False
+        self.run()
+
     def _run(self) -> None:
         registers = self._registers
         base, size = ring_address(registers[COMMAND_BASE]), ring_size(registers[COMMAND_BASE])
         head, tail = registers[COMMAND_HEAD], registers[COMMAND_TAIL]
         try:
-            for offset, raw in pending_commands(self._read, base, size, head, tail):
+            commands = pending_commands(self._read, base, size, head, tail)
+            for offset, raw in islice(commands, TURN_MOST):
                 opcode, command = decode(raw, self._efr)
                 if not self._execute(command, base + offset):
                     return
                 self.done[opcode] += 1
                 registers[COMMAND_HEAD] = (offset + len(raw)) % size
+            if registers[COMMAND_HEAD] != tail and not self._left:
+                self._left = True
+                self._later(self._go_on)
         except IllegalCommand as error:
             self._halt(EventCode.ILLEGAL_COMMAND_ERROR, base + registers[COMMAND_HEAD], 0, error)
         except (UnreadableCommand, StoreFailed) as error:

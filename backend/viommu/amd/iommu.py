@@ -7,6 +7,7 @@ it calls the effect of a software error undefined, a write is ignored: software 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from backend.core import Fault
 from backend.ioasid import Context, FaultRecord, IoasidError
@@ -90,7 +91,8 @@ class AmdIommu(PciFunction):
         name: str = "amd-iommu",
         later: CallLater = call_later,
     ) -> None:
-        """`later(seconds, call)` is for what devices owe an answer; the loop's that runs, if not said."""
+        """`later(seconds, call)` is for what devices owe an answer, and for what is left of a long ring; the loop's that
+        runs, if not said."""
         self.registers = register_table(features.EFR)
         super().__init__(
             name=name,
@@ -115,6 +117,7 @@ class AmdIommu(PciFunction):
             read=self._read_memory,
             execute=self._execute,
             report=self.event_log.append,
+            later=partial(later, 0.0),
         )
         self.device_tlbs = DeviceTlbs(
             self._invalidate_device_tlb, self.command_buffer.run, self.event_log.append, later
