@@ -69,7 +69,7 @@ class CommandBuffer:
     """Runs the commands of the ring. Its registers are the owner's.
 
     `execute(command, address)` does one (its GPA is for events), and answers False for one that must wait: then the
-    buffer stands still with the head at it, and `run` tries it again. `report(event)` logs. `later(run)` has `run` called
+    buffer stands still with the head at it, and `run` tries it again. `report(event)` logs. `later(run)` calls `run`
     when everybody else had a turn.
     """
 

@@ -91,7 +91,7 @@ class AmdIommu(PciFunction):
         name: str = "amd-iommu",
         later: CallLater = call_later,
     ) -> None:
-        """`later(seconds, call)` is for what devices owe an answer, and for what is left of a long ring; the loop's that
+        """`later(seconds, call)` is for what devices owe an answer, and for the rest of a long ring; the loop's that
         runs, if not said."""
         self.registers = register_table(features.EFR)
         super().__init__(
