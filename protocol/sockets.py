@@ -28,7 +28,6 @@ _CREDENTIALS = struct.Struct("iII")
 _ANCILLARY = socket.CMSG_SPACE(SENT_AT_ONCE * 4)
 # Plain ints: operators of socket's flag enumerations cost as much as a system call.
 _RECEIVE = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-_RECEIVE_WAITING = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 
 

@@ -47,15 +47,12 @@ def test_one_of_each_kind() -> None:
     archive = Archive()
     archive.file("init", b"#!/bin/sh\n", 0o755)
     archive.folder("mnt/disk", 0o700)
-    archive.symlink("bin/sh", "busybox")
     archive.character_device("dev/console", 5, 1)
     entries = {entry.name: entry for entry in unpack(archive.data)}
-    assert list(entries) == ["bin", "bin/sh", "dev", "dev/console", "init", "mnt", "mnt/disk"]
+    assert list(entries) == ["dev", "dev/console", "init", "mnt", "mnt/disk"]
     assert entries["init"].data == b"#!/bin/sh\n"
     assert entries["init"].fields["mode"] == stat.S_IFREG | 0o755
     assert entries["mnt/disk"].fields["mode"] == stat.S_IFDIR | 0o700
-    assert entries["bin/sh"].data == b"busybox"
-    assert stat.S_ISLNK(entries["bin/sh"].fields["mode"])
     console = entries["dev/console"].fields
     assert (stat.S_ISCHR(console["mode"]), console["rmaj"], console["rmin"]) == (True, 5, 1)
     assert len({entry.fields["ino"] for entry in entries.values()}) == len(entries)

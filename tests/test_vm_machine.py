@@ -176,6 +176,9 @@ def test_names_that_are_no_machine(tmp_path: Path) -> None:
     with pytest.raises(CannotRun, match="No such file"):
         machine.load(str(tmp_path / "none.toml"))
     broken = tmp_path / "broken.toml"
+    broken.write_bytes(b"\xff\xfe[machine]")
+    with pytest.raises(CannotRun, match="correct the machine file"):
+        machine.load(str(broken))
     broken.write_text("[machine")
     with pytest.raises(CannotRun, match="correct the machine file"):
         machine.load(str(broken))

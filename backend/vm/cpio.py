@@ -29,9 +29,6 @@ class Archive:
             raise ValueError(f"{path} has {len(data)} bytes, a newc archive holds files of up to {MAX_FILE}")
         self._add(path, stat.S_IFREG | mode, data)
 
-    def symlink(self, path: str, target: str) -> None:
-        self._add(path, stat.S_IFLNK | 0o777, os.fsencode(target))
-
     def character_device(self, path: str, major: int, minor: int, mode: int = 0o600) -> None:
         self._add(path, stat.S_IFCHR | mode, b"", os.makedev(major, minor))
 

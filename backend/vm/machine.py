@@ -144,7 +144,7 @@ def load(name: str) -> Machine:
     """The machine called `name`, or the one in the file of that path."""
     path = Path(name) if name.endswith(".toml") else CONFIG_FOLDER / f"{name}.toml"
     try:
-        text = path.read_text()
+        raw = path.read_bytes()
     except OSError as error:
         if not name.endswith(".toml"):
             raise CannotRun(
@@ -152,7 +152,7 @@ def load(name: str) -> Machine:
             ) from error
         raise CannotRun(f"{path}: {error.strerror}; give a machine file that can be read") from error
     try:
-        return parse(path.stem, tomllib.loads(text))
+        return parse(path.stem, tomllib.loads(raw.decode()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
         reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise CannotRun(f"{path}: {reason}; correct the machine file") from error
