@@ -60,6 +60,7 @@ def test_a_machine_file() -> None:
     ("old", "new", "said"),
     [
         ("slot = 5", "slot = 3", "share a slot"),
+        ("slot = 5", 'slot = "5"', "is '5': it must be a whole number"),
         ('name = "nvme0"', 'name = "iommu"', "share a name"),
         ('name = "nvme0"', 'name = "../x"', "function name .* must be 1 to 16"),
         ('model = "nvme"', 'model = "floppy"', "unknown model 'floppy'"),

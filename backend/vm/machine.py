@@ -158,6 +158,12 @@ def load(name: str) -> Machine:
         raise CannotRun(f"{path}: {reason}; correct the machine file") from error
 
 
+def _whole(what: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{what} is {value!r}: it must be a whole number")
+    return value
+
+
 def parse(name: str, data: Mapping[str, Any]) -> Machine:
     """A machine from the decoded file; ValueError, TypeError or KeyError say what is wrong in it."""
     _known("the file", data, {"description", "machine", "kernel", "guest", "limits", "port", "function"})
@@ -175,7 +181,7 @@ def parse(name: str, data: Mapping[str, Any]) -> Machine:
         type=str(board["type"]),
         cpu=str(board.get("cpu", "qemu64")),
         memory=parse_size(board["memory"]),
-        cpus=int(board.get("cpus", 1)),
+        cpus=_whole("[machine] cpus", board.get("cpus", 1)),
         append=str(kernel.get("append", "console=ttyS0")),
         modules=tuple(kernel.get("modules", ())),
         built_modules=tuple(kernel.get("built_modules", ())),
@@ -253,7 +259,7 @@ def _name(what: str, entry: Mapping[str, Any]) -> str:
 
 
 def _slot(what: str, entry: Mapping[str, Any]) -> int:
-    slot = int(entry["slot"])
+    slot = _whole(f"the slot of {what} {entry['name']!r}", entry["slot"])
     if not 1 <= slot <= 30:
         raise ValueError(f"{what} {entry['name']!r} has slot {slot}: 1 to 30 are free on q35's root bus")
     return slot
