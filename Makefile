@@ -8,8 +8,8 @@ TIME ?= 60
 PYTHON := .venv/bin/python
 # not what cffi writes, and not what includes libvfio-user's header, which may not be fetched yet
 C_FILES := $(filter-out backend/core/_native.c bench/mmio_floor.c, \
-	$(wildcard $(addsuffix /*.c,backend/core backend/core/formats guest-tests/programs bench tests tests/fuzz)))
-C_FLAGS := -std=gnu11 -O2 -Wall -Wextra -Werror -Ibackend/core
+	$(wildcard $(addsuffix /*.c,backend/core backend/core/formats guest-tests/programs guest-tests/sva bench tests tests/fuzz)))
+C_FLAGS := -std=gnu11 -O2 -Wall -Wextra -Werror -Ibackend/core -Iguest-tests/programs -Iguest-tests/modules
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
