@@ -24,6 +24,10 @@ class Code(StrEnum):
     FAILURE = "failure"
 
 
+CODES = {str(code): code for code in Code}
+"""By name, as a command's user gives them."""
+
+
 @dataclass(frozen=True, slots=True)
 class PageResponse:
     """What a device gets for a group; pasid as the guest sees it."""

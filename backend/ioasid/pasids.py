@@ -7,7 +7,7 @@ import errno
 
 from . import rows_devices as cmd
 from .checks import Checks
-from .fault_queue import Code, Faults
+from .fault_queue import CODES, Code, Faults
 from .pasid_pool import PasidMode
 
 
@@ -59,14 +59,16 @@ class FaultCommands(Checks):
     def page_response(self, rid: int, group: int, code: Code, pasid: int | None = None) -> None:
         """PAGE_RESPONSE: of a complete group, all at once. pasid: as in the record; None fits any."""
         command = cmd.PAGE_RESPONSE
-        device = self._bound(command, rid, rid=rid, group=group, code=code, pasid=pasid)
-        if code not in list(Code):
+        self._begin(command, {"rid": rid, "group": group, "code": code, "pasid": pasid})
+        device = self._bound(command, rid)
+        said = CODES.get(code)
+        if said is None:
             raise command.refuse(errno.EOPNOTSUPP, f"no code {code!r}: answer {', '.join(Code)}")
         physical = None
         if pasid is not None:
             physical = device.physical(pasid)
             physical = pasid if physical is None else physical
-        if not self.faults.respond(rid, group, physical, Code(code)):
+        if not self.faults.respond(rid, group, physical, said):
             raise command.refuse(
                 errno.ENOENT, f"group {group} of {device} waits for no answer: READ_FAULTS tells which do"
             )

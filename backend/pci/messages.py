@@ -74,6 +74,8 @@ class Framer:
         self.descriptors: list[tuple[int, list[int]]] = []
         """(where their message begins, descriptors), in order."""
         self._view = memoryview(self.buffer)
+        self.whole = (self._view,)
+        """Where to receive to while nothing waits, as recvmsg_into takes it; `start` and `end` are to be 0 then."""
 
     def room(self) -> memoryview:
         """Where to receive to. Empty only if the message at the start is longer than a message may be."""

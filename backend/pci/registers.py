@@ -67,18 +67,22 @@ class RegisterTable:
     def __init__(self, registers: Iterable[Register]) -> None:
         self.registers: Sequence[Register] = tuple(sorted(registers, key=lambda register: register.offset))
         self._by_name: dict[str, int] = {}
-        self._exact: dict[tuple[int, int], int] = {}
+        self._inside: dict[tuple[int, int], tuple[int, int]] = {}
+        """Aligned accesses that one register holds, by (offset, bytes): its index, and how many bits are below."""
         self._by_byte: dict[int, int] = {}
         for index, register in enumerate(self.registers):
             if register.name in self._by_name:
                 raise ValueError(f"two registers are named {register.name}")
             self._by_name[register.name] = index
-            self._exact[register.offset, register.width] = index
+            for size in REGISTER_WIDTHS:
+                for offset in range(register.offset, register.end - size + 1, size):
+                    self._inside[offset, size] = index, 8 * (offset - register.offset)
             for byte in range(register.offset, register.end):
                 if byte in self._by_byte:
                     other = self.registers[self._by_byte[byte]].name
                     raise ValueError(f"registers {other} and {register.name} overlap at {byte:#x}")
                 self._by_byte[byte] = index
+        self._masks = [register.mask for register in self.registers]
         self._values = [register.reset for register in self.registers]
         self._write_hooks: list[WriteHook | None] = [None] * len(self.registers)
         self._read_hooks: list[ReadHook | None] = [None] * len(self.registers)
@@ -96,9 +100,8 @@ class RegisterTable:
     def __setitem__(self, name: str, value: int) -> None:
         """Set a register from the device's side: any defined bit, no hook. Reserved bits raise ValueError."""
         index = self._by_name[name]
-        register = self.registers[index]
-        if value & ~register.mask:
-            raise ValueError(f"register {name}: {value:#x} sets reserved bits {value & ~register.mask:#x}")
+        if value & ~self._masks[index]:
+            raise ValueError(f"register {name}: {value:#x} sets reserved bits {value & ~self._masks[index]:#x}")
         self._values[index] = value
 
     @property
@@ -120,10 +123,12 @@ class RegisterTable:
 
     def read(self, offset: int, size: int) -> int:
         """A guest's read of `size` bytes at `offset`, little endian."""
-        index = self._exact.get((offset, size))
-        if index is not None:
+        inside = self._inside.get((offset, size))
+        if inside is not None:
+            index, below = inside
             hook = self._read_hooks[index]
-            return self._values[index] if hook is None else hook()
+            value = self._values[index] if hook is None else hook()
+            return value >> below & (1 << 8 * size) - 1
         result = 0
         for index in self._touched(offset, size):
             register = self.registers[index]
@@ -136,9 +141,10 @@ class RegisterTable:
     def write(self, offset: int, size: int, value: int) -> None:
         """A guest's write of the low `size` bytes of `value` at `offset`; runs the hooks of what it touched."""
         enabled = (1 << 8 * size) - 1
-        index = self._exact.get((offset, size))
-        if index is not None:
-            self._write_one(index, value, enabled)
+        inside = self._inside.get((offset, size))
+        if inside is not None:
+            index, below = inside
+            self._write_one(index, value << below, enabled << below)
             return
         for index in self._touched(offset, size):
             shift = 8 * (offset - self.registers[index].offset)

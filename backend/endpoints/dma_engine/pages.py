@@ -227,6 +227,8 @@ class PageWait:
         asked = False
         while wanted:
             operand, pages = wanted.pop(0)
+            if not pages:
+                continue
             count = min(len(pages), self._desk.group_most, self._desk.credits(self.user))
             if not count:
                 continue

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
+from struct import Struct
 from typing import NamedTuple
 
 from backend.viommu.amd.features import Efr
@@ -11,6 +13,7 @@ COMMAND_SIZE = 16
 _PAGE = 0xFFFF_FFFF_FFFF_F000
 _OPERAND = (1 << 60) - 1  # the first half but for the opcode
 _GUEST_TRANSLATION = int(Efr.GUEST_TRANSLATION)  # an operator of an IntFlag costs a microsecond
+_HALVES = Struct("<QQ")
 _GN = 1 << 2  # bit 66: the command is about guest translations, and has a PASID
 
 
@@ -213,23 +216,48 @@ _FORMATS = (
     ),
     _Format(Opcode.INVALIDATE_IOMMU_ALL, 0, 0, int(Efr.INVALIDATE_ALL), _invalidate_all),
 )
-_BY_OPCODE = {int(form.opcode): form for form in _FORMATS}
+
+
+class _Offered(NamedTuple):
+    """A command as an IOMMU with certain features reads it: bits that must be zero in each half."""
+
+    opcode: Opcode
+    reserved_low: int
+    reserved_high: int
+    decode: Callable[[int, int], Command]
+
+
+@cache
+def _offered(efr: int) -> dict[int, _Offered]:
+    """By opcode. An IOMMU's features never change, and models of it have few sets of them."""
+    guest = bool(efr & _GUEST_TRANSLATION)
+    return {
+        int(form.opcode): _Offered(
+            form.opcode,
+            ~(form.low | form.guest_low * guest) & _OPERAND,
+            ~(form.high | form.guest_high * guest),
+            form.decode,
+        )
+        for form in _FORMATS
+        if not form.requires or efr & form.requires
+    }
 
 
 def decode(raw: bytes, efr: int) -> tuple[Opcode, Command]:
     """Read one command of 16 bytes. Raises IllegalCommand for one that these features do not have."""
-    low = int.from_bytes(raw[:8], "little")
-    high = int.from_bytes(raw[8:16], "little")
-    number = low >> 60
-    form = _BY_OPCODE.get(number)
+    low, high = _HALVES.unpack(raw)
+    form = _offered(efr).get(low >> 60)
     if form is None:
-        raise IllegalCommand(f"opcode {number:#x} is not offered")
-    opcode = form.opcode
-    if form.requires and not efr & form.requires:
-        raise IllegalCommand(f"{opcode.name} needs {Efr(form.requires)!r}, which EFR {efr:#x} does not offer")
-    guest = bool(efr & _GUEST_TRANSLATION)
-    reserved_low = low & ~(form.low | form.guest_low * guest) & _OPERAND
-    reserved_high = high & ~(form.high | form.guest_high * guest)
-    if reserved_low or reserved_high:
-        raise IllegalCommand(f"{opcode.name} with reserved bits {reserved_low:#x}, {reserved_high:#x} set")
-    return opcode, form.decode(low, high)
+        raise IllegalCommand(_why_not(low >> 60, efr))
+    opcode, reserved_low, reserved_high, read = form
+    if low & reserved_low or high & reserved_high:
+        raise IllegalCommand(f"{opcode.name} with reserved bits {low & reserved_low:#x}, {high & reserved_high:#x} set")
+    return opcode, read(low, high)
+
+
+def _why_not(number: int, efr: int) -> str:
+    """Why an opcode is none that an IOMMU with these features has."""
+    form = next((each for each in _FORMATS if each.opcode == number), None)
+    if form is None:
+        return f"opcode {number:#x} is not offered"
+    return f"{form.opcode.name} needs {Efr(form.requires)!r}, which EFR {efr:#x} does not offer"
