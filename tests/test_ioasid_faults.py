@@ -187,6 +187,22 @@ def test_page_requests_are_bounded(guest: Guest, monkeypatch: pytest.MonkeyPatch
     assert asking.answers[2:] == [(6, Code.FAILURE)], "read or not, it waits for its answer"
 
 
+def test_a_device_leaves_the_others_their_room(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.ioasid.fault_queue.MAX_DEVICE_PAGE_REQUESTS", 2)
+    guest.ctx.attach(DEV2, guest.ctx.alloc(Kind.KERNEL), pasid=5)
+    greedy, other = Asking(guest.dev1), Asking(guest.dev2)
+    for group in range(1, 5):
+        greedy.ask(group, pasid=5)
+    assert greedy.answers == [(3, Code.FAILURE), (4, Code.FAILURE)]
+    other.ask(1, pasid=5)
+    assert other.answers == []
+    guest.ctx.page_response(DEV1, 1, Code.SUCCESS)
+    greedy.ask(5, pasid=5)
+    assert greedy.answers[2:] == [(1, Code.SUCCESS)], "what was answered has given its room back"
+    guest.ctx.detach(DEV1, pasid=5)
+    assert guest.ctx.faults.waiting == 1, "the other one's"
+
+
 def test_answers_may_ask_again(guest: Guest) -> None:
     """A device that, when it hears, sends its next request: also while a context goes."""
     heard: list[Code] = []

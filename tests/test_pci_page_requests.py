@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from guest_ram import PAGE
-from ioasid_guest import DEV1, DEV2, Guest
+from ioasid_guest import DEV1, Guest
 from pci_sva import (
     EXP_DEVCTL,
     EXP_FLR,
@@ -293,11 +293,10 @@ def test_a_guest_that_never_answers_is_timed_out(sva: Sva) -> None:
     assert sva.asked.answers == [("a", Code.INVALID)]
 
 
-def test_a_context_that_is_full_fails(sva: Sva) -> None:
-    """4096 page requests wait in a context at the most; what comes on top is answered by a response failure."""
-    sva.guest.ctx.attach(DEV2, 1)
-    for index in range(4096 - 1):
-        sva.guest.dev2.page_request(None, 0, READ, group=index % 512, last=False, answer=lambda _: None)
+def test_a_queue_without_room_fails(sva: Sva) -> None:
+    """512 page requests of a device wait at the most; what comes on top is answered by a response failure."""
+    for _ in range(512 - 1):
+        sva.guest.dev1.page_request(5, 0, READ, group=511, last=False, answer=lambda _: None)
     assert sva.asked.ask("a", 2)
     assert sva.asked.answers == [("a", Code.FAILURE)] and sva.registers.pri_status & PRI_RF
 

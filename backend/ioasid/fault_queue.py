@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from backend.core import Access, Fault, Reason
 
-from .limits import MAX_FAULTS, MAX_PAGE_REQUESTS
+from .limits import MAX_DEVICE_PAGE_REQUESTS, MAX_FAULTS, MAX_PAGE_REQUESTS
 from .share import Allowance
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ class FaultQueue:
         """By number, oldest first."""
         self._next = 0
         self._requests = 0
+        self._by_device: dict[int, int] = {}
+        """Page requests by RID; no zeros."""
         self._lost = 0
         self._unrecoverable = 0
         self._listeners: list[Callable[[], None]] = []
@@ -140,10 +142,15 @@ class FaultQueue:
         assert record.group is not None
         key = (device.rid, record.group)
         group = self._groups.get(key)
+        of_device = self._by_device.get(device.rid, 0)
         refused = None
         if group is not None and (group.complete or group.pasid != pasid):
             refused = Code.INVALID
-        elif self._requests >= MAX_PAGE_REQUESTS or not self._records.take():
+        elif (
+            of_device >= MAX_DEVICE_PAGE_REQUESTS
+            or self._requests >= MAX_PAGE_REQUESTS
+            or not self._records.take()
+        ):
             refused = Code.FAILURE
             if group is not None:  # it can never be complete now
                 self._finish(group, Code.FAILURE)
@@ -158,6 +165,7 @@ class FaultQueue:
         group.answer = answer
         group.complete = record.last
         self._requests += 1
+        self._by_device[device.rid] = of_device + 1
         self._put(group, record)
 
     def report(self, device: Device, fault: Fault) -> None:
@@ -240,6 +248,11 @@ class FaultQueue:
         device = group.device
         del self._groups[device.rid, group.index]
         self._requests -= len(group.numbers)
+        left = self._by_device[device.rid] - len(group.numbers)
+        if left:
+            self._by_device[device.rid] = left
+        else:
+            del self._by_device[device.rid]
         self._records.give(len(group.numbers))
         for number in group.numbers:
             self._unread.pop(number, None)

@@ -34,6 +34,10 @@ MAX_PAGE_REQUESTS = 4096
 """Page requests of a context that wait for an answer: the queue of VT-d in its usual size (order 7 of 32-byte entries).
 What comes on top is answered by failure at once, so that a device cannot make the queue grow."""
 
+MAX_DEVICE_PAGE_REQUESTS = 512
+"""Of them, those of one device: as many as it has group indices. So no device takes the room of the others, of seven
+at least."""
+
 MAX_FAULTS = 1024
 """Unrecoverable faults of a context that nobody read yet: as many as the core's own ring keeps."""
 
