@@ -22,6 +22,7 @@ from backend.pci.ids import PciIds
 from backend.pci.page_requests import PageRequests
 from backend.pci.registers import Register, RegisterTable
 from backend.pci.server import FunctionServer, SocketRefused
+from backend.pci.turns import Turns
 from ctypes_bindings import LibraryError, LibraryMissing
 
 __all__ = [
@@ -50,5 +51,6 @@ __all__ = [
     "RegisterTable",
     "ResetKind",
     "SocketRefused",
+    "Turns",
     "VendorSpecific",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +23,7 @@ from backend.pci import (
     PowerManagement,
     Pri,
     ResetKind,
+    Turns,
 )
 
 # 0x1234 belongs to no member of the PCI-SIG, and the id is that of no other endpoint here: its driver binds by both.
@@ -87,8 +87,7 @@ class DmaEngine(PciFunction):
         """In the order of their turns."""
         self._vectors: set[int] = set()
         self._running = False
-        self._scheduled = False
-        self._broken: Exception | None = None
+        self._turns = Turns(self.drained)
         self._connect_registers()
 
     # What queues ask for
@@ -100,7 +99,7 @@ class DmaEngine(PciFunction):
     def woken(self, queue: Queue) -> None:
         """A queue has something to do: an answer came, by a way of which the transport knows nothing."""
         self._ready[queue] = None
-        if not self._running and not self._defer():
+        if not self._running and not self._turns.defer():
             self.drained()
 
     def raise_vector(self, vector: int) -> None:
@@ -117,11 +116,10 @@ class DmaEngine(PciFunction):
 
     def drained(self) -> None:
         """Serve the queues that have something to do."""
-        if self._broken is not None:
-            raise self._broken
+        self._turns.check()
         if self._running:
             return  # an answer to a page request that a job asks at this moment
-        while self._serve() and not self._defer():
+        while self._serve() and not self._turns.defer():
             pass
 
     def reset(self, kind: ResetKind) -> None:
@@ -158,25 +156,6 @@ class DmaEngine(PciFunction):
             self.counters.interrupts += 1
             self.interrupt(vector)
         return bool(self._ready)
-
-    def _defer(self) -> bool:
-        """Go on when the loop has served everyone else; False where no loop runs."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return False
-        if not self._scheduled:
-            self._scheduled = True
-            loop.call_soon(self._resume)
-        return True
-
-    def _resume(self) -> None:
-        self._scheduled = False
-        try:
-            self.drained()
-        except Exception as error:
-            self._broken = error  # the loop logs it; the transport, which knows what to do, gets it at its next call
-            raise
 
     # Registers
 

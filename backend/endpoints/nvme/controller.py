@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from backend.endpoints.nvme.namespace import Namespace
 from backend.endpoints.nvme.queues import COMPLETION_SIZE, VECTORS, QueueTable, SubmissionQueue
 from backend.endpoints.nvme.status import CommandFailed
 from backend.endpoints.nvme.transfers import Transfers
-from backend.pci import Bar, DmaPort, Msix, PciExpress, PciFunction, PowerManagement, ResetKind
+from backend.pci import Bar, DmaPort, Msix, PciExpress, PciFunction, PowerManagement, ResetKind, Turns
 
 _log = logging.getLogger(__name__)
 # A guest can make the controller fail as often as it likes; the log tells of the first ones.
@@ -79,8 +78,7 @@ class NvmeController(PciFunction):
         self.errors = ErrorLog()
         self.health = Health()
         self._interrupt_mask = 0
-        self._scheduled = False
-        self._broken: Exception | None = None
+        self._turns = Turns(self.drained)
         self._features = Features()
         self._events = AsyncEvents()
         self._arbiter = Arbiter(
@@ -123,11 +121,10 @@ class NvmeController(PciFunction):
 
     def drained(self) -> None:
         """Serve what was rung, then raise one interrupt for each completion queue that got something."""
-        if self._broken is not None:
-            raise self._broken
+        self._turns.check()
         while not self._arbiter.idle and self.bus_master:
             more = self._serve()
-            if more and self._defer():
+            if more and self._turns.defer():
                 return
 
     def reset(self, kind: ResetKind) -> None:
@@ -246,25 +243,6 @@ class NvmeController(PciFunction):
             self.interrupt(vector)
         self._arbiter.vectors.clear()
         return more
-
-    def _defer(self) -> bool:
-        """Go on when the loop has served everyone else; False where no loop runs."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return False
-        if not self._scheduled:
-            self._scheduled = True
-            loop.call_soon(self._resume)
-        return True
-
-    def _resume(self) -> None:
-        self._scheduled = False
-        try:
-            self.drained()
-        except Exception as error:
-            self._broken = error  # the loop logs it; the transport, which knows what to do, gets it at its next call
-            raise
 
     def _execute(self, sq: SubmissionQueue, command: Command) -> None:
         """Carry out one command and post its completion, unless it completes later."""
