@@ -53,6 +53,18 @@ static int unharmed(struct bystander *bystander)
 	return copies(&bystander->engine, bystander->copy, bystander->memory, 64 * PAGE, "another process's copy");
 }
 
+/* fork(), for a child that has jobs where the bystander, its parent, has memory. */
+static pid_t fork_beside(void)
+{
+	pid_t child = fork();
+
+	if (child < 0)
+		give_up("fork");
+	if (child == 0)
+		munmap(TARGET, 64 * PAGE);
+	return child;
+}
+
 /* How much of its jobs' bytes a child did not see done, over all rounds: that they ended in the middle. */
 static int cut_short(const struct vdma_info *before, const struct vdma_info *after, unsigned int rounds)
 {
@@ -73,12 +85,9 @@ static int test_kill(void)
 
 		if (pipe(told))
 			give_up("pipe");
-		pid_t child = fork();
+		pid_t child = fork_beside();
 
-		if (child < 0)
-			give_up("fork");
 		if (child == 0) {
-			munmap(TARGET, 64 * PAGE);
 			struct engine engine = engine_open(0);
 			struct vdma_result results[JOBS];
 
@@ -111,12 +120,9 @@ static int test_exit(void)
 	struct vdma_info before = engine_info(bystander.engine.fd);
 
 	for (unsigned int round = 0; round < ROUNDS; round++) {
-		pid_t child = fork();
+		pid_t child = fork_beside();
 
-		if (child < 0)
-			give_up("fork");
 		if (child == 0) {
-			munmap(TARGET, 64 * PAGE);
 			struct engine engine = engine_open(0);
 
 			long_work(&engine);
@@ -163,12 +169,9 @@ static int test_exec(void)
 	struct bystander bystander = stand_by();
 
 	for (unsigned int round = 0; round < 4; round++) {
-		pid_t child = fork();
+		pid_t child = fork_beside();
 
-		if (child < 0)
-			give_up("fork");
 		if (child == 0) {
-			munmap(TARGET, 64 * PAGE);
 			struct engine engine = engine_open(0);
 			char text[16];
 
@@ -228,12 +231,9 @@ static int test_unbind_in_flight(void)
 	struct bystander bystander = stand_by();
 
 	for (unsigned int round = 0; round < 4; round++) {
-		pid_t child = fork();
+		pid_t child = fork_beside();
 
-		if (child < 0)
-			give_up("fork");
 		if (child == 0) {
-			munmap(TARGET, 64 * PAGE);
 			struct waiter waiter = { .engine = engine_open(0) };
 			pthread_t thread;
 			double begin;
