@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from backend.pci.capabilities import Ats
 from backend.pci.config_space import ConfigSpace
-from backend.pci.device_tlb import DeviceTlb
+from backend.pci.device_tlb import PAGE, DeviceTlb
 
 CONTROL = 6
 ENABLE, SMALLEST_UNIT = 1 << 15, 0x1F
-PAGE = 4096
 
 Announce = Callable[[DeviceTlb | None], None]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from backend.core import RW, Access, AddressType, BadValueError, Fault, Reason, RouteCounters
 from backend.pci.ats_control import AtsControl
-from backend.pci.device_tlb import DeviceTlb, Segments
+from backend.pci.device_tlb import PAGE, DeviceTlb, Segments
 from backend.pci.pasid_control import PasidControl
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from backend.pci.dma import DmaPort, FunctionPort
 
-PAGE = 4096
 CHUNK = 2 << 20
 """Bytes translated and moved in one piece: at the most 512 translations are under way, far fewer than the TLB holds."""
 ATTEMPTS = 8

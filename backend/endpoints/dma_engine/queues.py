@@ -12,7 +12,15 @@ from backend.endpoints.dma_engine.descriptors import DESCRIPTOR_SIZE, Flag, pars
 from backend.endpoints.dma_engine.jobs import Job
 from backend.endpoints.dma_engine.operations import Scratch
 from backend.endpoints.dma_engine.pages import PAGE, Operand, PageDesk, PageWait
-from backend.endpoints.dma_engine.registers import DEPTH, ORDER_MAX, RING_ALIGNMENT, Control, Error, State
+from backend.endpoints.dma_engine.registers import (
+    DEPTH,
+    ERROR_SHIFT,
+    ORDER_MAX,
+    RING_ALIGNMENT,
+    Control,
+    Error,
+    State,
+)
 from backend.pci.dma import DmaPort
 
 _MASK32 = 0xFFFF_FFFF
@@ -94,7 +102,7 @@ class Queue:
     @property
     def status(self) -> int:
         """The STATUS register."""
-        return self.state | self.error << 8
+        return self.state | self.error << ERROR_SHIFT
 
     @property
     def waiting(self) -> int:
