@@ -3,8 +3,8 @@
  * The driver's own parts: vdma_pci.c finds the device, vdma_queue.c runs its queues, vdma_file.c gives them to processes,
  * vdma_selftest.c tests kernel mappings.
  *
- * Locks, the outer first: vdma.files_lock, vdma_file.lock, the process's mmap_lock, vdma_file.doorbell_lock, vdma.queues_lock. A queue belongs to whoever has claimed it, and
- * is used under that one's lock.
+ * Locks, the outer first: vdma.files_lock, vdma_file.lock, the process's mmap_lock, vdma_file.doorbell_lock,
+ * vdma.queues_lock. A queue belongs to whoever has claimed it, and is used under that one's lock.
  */
 #ifndef VDMA_H
 #define VDMA_H

@@ -23,7 +23,7 @@ static u32 queue_read(struct vdma_queue *queue, u32 offset)
 	return vdma_read(queue->vdma, VDMA_QUEUE(queue->number) + offset);
 }
 
-/* A queue that nobody else has; its ring and records are allocated once and kept until the device goes. */
+/* A queue that nobody else has; it is not started, and has neither ring nor records. */
 struct vdma_queue *vdma_queue_claim(struct vdma *vdma)
 {
 	struct vdma_queue *queue = NULL;
