@@ -1,6 +1,9 @@
 """The AMD IOMMU's command buffer and event log, driven as a driver does."""
 
+import asyncio
 import struct
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from amd_driver import (
@@ -74,17 +77,42 @@ class TestCommands:
             assert vm.read(COMMAND_HEAD) == vm.read(COMMAND_TAIL)
         assert vm.read(COMMAND_HEAD) == 16 * (602 % 256)
 
-    def test_many_commands_by_one_doorbell(self, vm: Vm) -> None:
+    async def test_many_commands_by_one_doorbell(self, vm: Vm) -> None:
         vm.start(commands=15)
         many = [completion_wait(SEMAPHORE, number) for number in range(1, 32766)]
         vm.submit(*many)
         assert vm.read(COMMAND_HEAD) < vm.read(COMMAND_TAIL)  # in turns, so that the loop serves others in between
         vm.write(COMMAND_TAIL, vm.read(COMMAND_TAIL))
-        assert vm.timers.waiting == [0.0]  # one waits, however often the guest rings
-        while vm.timers.waiting:
-            vm.timers.advance(0.0)
+        assert vm.read(COMMAND_HEAD) < vm.read(COMMAND_TAIL)
+        for _ in range(32):
+            await asyncio.sleep(0)
         assert vm.ram.peek(SEMAPHORE, 8) == struct.pack("<Q", 32765)
         assert vm.iommu.commands[Opcode.COMPLETION_WAIT] == 32766
+
+    def test_without_a_loop_a_ring_is_done_at_once(self, vm: Vm) -> None:
+        vm.start(commands=12)
+        vm.submit(*[completion_wait(SEMAPHORE, number) for number in range(1, 2501)])
+        assert vm.read(COMMAND_HEAD) == vm.read(COMMAND_TAIL)
+        assert vm.ram.peek(SEMAPHORE, 8) == struct.pack("<Q", 2500)
+
+    async def test_what_a_later_turn_raises_is_told_to_the_transport(
+        self, vm: Vm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        vm.start(commands=12)
+        vm.submit(*[completion_wait(SEMAPHORE, number) for number in range(1, 2501)])
+        told: list[Mapping[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
+
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(vm.iommu.dma, "store", broken)
+        vm.iommu.drained()
+        for _ in range(2):
+            await asyncio.sleep(0)
+        assert [type(each["exception"]) for each in told] == [ZeroDivisionError]
+        with pytest.raises(ZeroDivisionError):
+            vm.iommu.drained()
 
     def test_counts(self, started: Vm) -> None:
         started.submit(

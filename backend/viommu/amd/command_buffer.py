@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from backend.core import Fault
+from backend.pci import Turns
 from backend.pci.registers import RegisterTable
 from backend.viommu.amd.commands import COMMAND_SIZE, Command, IllegalCommand, Opcode, decode
 from backend.viommu.amd.event_log import EventCode, event
@@ -69,8 +70,7 @@ class CommandBuffer:
     """Runs the commands of the ring. Its registers are the owner's.
 
     `execute(command, address)` does one (its GPA is for events), and answers False for one that must wait: then the
-    buffer stands still with the head at it, and `run` tries it again. `report(event)` logs. `later(run)` calls `run`
-    when everybody else had a turn.
+    buffer stands still with the head at it, and `run` tries it again. `report(event)` logs.
     """
 
     def __init__(
@@ -82,7 +82,6 @@ class CommandBuffer:
         read: Callable[[int, int], bytes | Fault],
         execute: Callable[[Command, int], bool],
         report: Callable[[bytes], object],
-        later: Callable[[Callable[[], None]], object],
     ) -> None:
         self._registers = registers
         self._status = status
@@ -90,31 +89,31 @@ class CommandBuffer:
         self._read = read
         self._execute = execute
         self._report = report
-        self._later = later
         self._running = False
-        self._left = False
-        """`later` was told."""
+        self._turns = Turns(self.run)
         self.done: Counter[Opcode] = Counter()
         """Commands, by opcode."""
 
     def run(self) -> None:
-        """The commands up to the tail, while the buffer runs; what is left after TURN_MOST of them, later.
+        """The commands up to the tail, while the buffer runs; TURN_MOST of them a turn, where a loop runs.
 
         Called again by what a command does (a device that answers at once), it has nothing to do.
         """
-        if self._running or not self._status & Status.CMD_BUF_RUN:
+        if self._running:
             return
         self._running = True
         try:
-            self._run()
+            while self._status & Status.CMD_BUF_RUN and self._run() and not self._turns.defer():
+                pass
         finally:
             self._running = False
 
-    def _go_on(self) -> None:
-        self._left = False
-        self.run()
+    def check(self) -> None:
+        """Raise what a turn raised."""
+        self._turns.check()
 
-    def _run(self) -> None:
+    def _run(self) -> bool:
+        """One turn; whether it left commands that do not wait."""
         registers = self._registers
         base, size = ring_address(registers[COMMAND_BASE]), ring_size(registers[COMMAND_BASE])
         head, tail = registers[COMMAND_HEAD], registers[COMMAND_TAIL]
@@ -123,16 +122,15 @@ class CommandBuffer:
             for offset, raw in islice(commands, TURN_MOST):
                 opcode, command = decode(raw, self._efr)
                 if not self._execute(command, base + offset):
-                    return
+                    return False
                 self.done[opcode] += 1
                 registers[COMMAND_HEAD] = (offset + len(raw)) % size
-            if registers[COMMAND_HEAD] != tail and not self._left:
-                self._left = True
-                self._later(self._go_on)
+            return registers[COMMAND_HEAD] != tail
         except IllegalCommand as error:
             self._halt(EventCode.ILLEGAL_COMMAND_ERROR, base + registers[COMMAND_HEAD], 0, error)
         except (UnreadableCommand, StoreFailed) as error:
             self._halt(EventCode.COMMAND_HARDWARE_ERROR, error.address, hardware_error(error.fault), error)
+        return False
 
     def _halt(self, code: EventCode, address: int, flags: int, error: Exception) -> None:
         """Stop at the command that the head pointer names (sections 2.5.6, 2.5.7)."""

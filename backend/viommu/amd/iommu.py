@@ -7,7 +7,6 @@ it calls the effect of a software error undefined, a write is ignored: software 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
 
 from backend.core import Fault
 from backend.ioasid import Context, FaultRecord, IoasidError
@@ -91,8 +90,7 @@ class AmdIommu(PciFunction):
         name: str = "amd-iommu",
         later: CallLater = call_later,
     ) -> None:
-        """`later(seconds, call)` is for what devices owe an answer, and for the rest of a long ring; the loop's that
-        runs, if not said."""
+        """`later(seconds, call)` is for what devices owe an answer; the loop's that runs, if not said."""
         self.registers = register_table(features.EFR)
         super().__init__(
             name=name,
@@ -117,7 +115,6 @@ class AmdIommu(PciFunction):
             read=self._read_memory,
             execute=self._execute,
             report=self.event_log.append,
-            later=partial(later, 0.0),
         )
         self.device_tlbs = DeviceTlbs(
             self._invalidate_device_tlb, self.command_buffer.run, self.event_log.append, later
@@ -182,6 +179,9 @@ class AmdIommu(PciFunction):
         self.device_table.guest_enabled = False
         self._forget_all()
         self.status.reset()
+
+    def drained(self) -> None:
+        self.command_buffer.check()
 
     # What the engine asks and tells
 
