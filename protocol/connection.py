@@ -232,6 +232,8 @@ class Connection:
                     self._finish()
                     return
                 self._flush()
+                if self.state is not State.OPEN:  # it reads no more, and so has no turn to take
+                    return
                 if self._decoder.unfinished <= self._limits.small:
                     self._owner.large.leave(self)
                 elif not self._owner.large.enter(self):

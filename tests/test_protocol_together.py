@@ -186,6 +186,24 @@ def test_who_keeps_nobody_waiting_may_take_its_time(serving: RpcServing) -> None
         assert slow.receive() == [1, 7, None, 3]
 
 
+def test_who_is_found_gone_while_its_message_grows_keeps_no_turn(serving: RpcServing) -> None:
+    """What shows that it reads no more is a write of the very turn in which more of its message has arrived."""
+    with RawClient(serving.path) as leaving:
+        begin(leaving)
+        turns(serving, 1)
+        quiet(serving)
+
+        def arrive_and_write() -> None:
+            (connection,) = serving.server.connections
+            leaving.socket.shutdown(socket.SHUT_RD)
+            leaving.socket.send(bytes(100))
+            connection.notify("tick")
+            connection._readable()
+
+        serving.call(arrive_and_write)
+        turns(serving, 0)
+
+
 def test_who_goes_gives_its_turn_away(serving: RpcServing) -> None:
     with clients(serving, 3) as sending:
         for client in sending[:2]:
