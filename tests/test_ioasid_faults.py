@@ -187,6 +187,16 @@ def test_page_requests_are_bounded(guest: Guest, monkeypatch: pytest.MonkeyPatch
     assert asking.answers[2:] == [(6, Code.FAILURE)], "read or not, it waits for its answer"
 
 
+def test_a_group_without_room_is_answered_through_its_newest_request(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backend.ioasid.fault_queue.MAX_PAGE_REQUESTS", 1)
+    first, newest = Asking(guest.dev1), Asking(guest.dev1)
+    first.ask(2, last=False)
+    newest.ask(2)
+    assert (first.answers, newest.answers) == ([], [(2, Code.FAILURE)]), "as of any other group"
+
+
 def test_a_device_leaves_the_others_their_room(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backend.ioasid.fault_queue.MAX_DEVICE_PAGE_REQUESTS", 2)
     guest.ctx.attach(DEV2, guest.ctx.alloc(Kind.KERNEL), pasid=5)

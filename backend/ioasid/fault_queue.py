@@ -146,13 +146,10 @@ class FaultQueue:
         refused = None
         if group is not None and (group.complete or group.pasid != pasid):
             refused = Code.INVALID
-        elif (
-            of_device >= MAX_DEVICE_PAGE_REQUESTS
-            or self._requests >= MAX_PAGE_REQUESTS
-            or not self._records.take()
-        ):
+        elif of_device >= MAX_DEVICE_PAGE_REQUESTS or self._requests >= MAX_PAGE_REQUESTS or not self._records.take():
             refused = Code.FAILURE
             if group is not None:  # it can never be complete now
+                group.answer = answer
                 self._finish(group, Code.FAILURE)
                 return
         if refused is not None:
