@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from backend.core import FOREIGN, Access, HostProcess
 from backend.ioasid import Context, IoasidError, Process, open_process
+from backend.ioasid.limits import USER_END
 from protocol import Connection
 
-from .shared_memory import USER_END, SharedMemory
+from .shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from .contexts import Contexts

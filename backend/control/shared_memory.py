@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 
 from backend.ioasid import PAGE_SIZE, IoasidError
+from backend.ioasid.limits import USER_END
 from backend.ioasid.share import UNBOUNDED, Allowance
 
 MAX_SHARES = 64
@@ -22,7 +23,6 @@ MAX_PLACES = 1024
 MAX_SIZE = 1 << 42
 """Bytes of them all: 4 TiB of addresses, so that no client takes all of the server's 128."""
 
-USER_END = 1 << 47
 LEAVES = (1 << 30, 1 << 21)
 """Bytes of the large leaves that page tables have: worth aligning memory to."""
 
