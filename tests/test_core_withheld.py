@@ -196,12 +196,12 @@ def test_nobody_else_waits(patient: Stage) -> None:
         assert fault(each.answer()).reason is Reason.NO_ROUTE
 
 
-@pytest.mark.parametrize("kind", ["detach", "block", "replace", "destroy", "unmap", "protect"])
+@pytest.mark.parametrize("kind", ["detach", "block", "replace", "windows", "destroy", "unmap", "protect"])
 def test_a_change_ends_what_was_under_way(patient: Stage, kind: str) -> None:
     """Once it has returned nothing moves by what it ended, though the page comes only then."""
     core, at, child = patient.core, patient.at, patient.child
     core.map(LENT, 0, at | FOREIGN, 8 * PAGE, RW)
-    rid, start = (RID, at) if kind in {"detach", "block", "replace"} else (LENT_RID, 0)
+    rid, start = (RID, at) if kind in {"detach", "block", "replace", "windows"} else (LENT_RID, 0)
     writing = Waiting(lambda: core.dma_write(rid, start, b"too late"))
     reading = Waiting(lambda: core.dma_read(rid, start + PAGE, 8))
     assert writing.waits and reading.waits
@@ -211,6 +211,8 @@ def test_a_change_ends_what_was_under_way(patient: Stage, kind: str) -> None:
         core.block(rid, None)
     elif kind == "replace":
         core.attach(rid, None, PLAIN)
+    elif kind == "windows":
+        core.set_windows(rid, [(at, at + 8 * PAGE - 1, None)])
     elif kind == "destroy":
         core.detach(rid, None)
         core.destroy_space(LENT)
@@ -221,8 +223,9 @@ def test_a_change_ends_what_was_under_way(patient: Stage, kind: str) -> None:
     child.supply(at, 2 * PAGE, 0x64)
     assert child.read(at, 8) == b"d" * 8
     expected = {
-        "detach": Reason.NO_ROUTE, "block": Reason.BLOCKED, "replace": Reason.NOT_PRESENT, "destroy": Reason.NO_ROUTE,
-        "unmap": Reason.NOT_PRESENT, "protect": Reason.PERMISSION,
+        "detach": Reason.NO_ROUTE, "block": Reason.BLOCKED, "replace": Reason.NOT_PRESENT,
+        "windows": Reason.RESERVED_RANGE, "destroy": Reason.NO_ROUTE, "unmap": Reason.NOT_PRESENT,
+        "protect": Reason.PERMISSION,
     }[kind]  # fmt: skip
     assert fault(writing.answer()).reason is expected
     if kind == "protect":

@@ -39,6 +39,7 @@ int vio_route_windows(vio_engine *engine, uint32_t rid, const vio_window *window
         made = old;
     }
     engine_change_end(engine);
+    errands_end_route(engine, rid, VIO_NO_PASID);
     free(made);
     return status;
 }
