@@ -7,28 +7,24 @@ hardware has is refused by the core with BadValueError.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from backend.core._native import lib
+from backend.core.table_format import FLAGS, flags_of
 
 
 @dataclass(frozen=True, slots=True)
-class PasidFormat(ABC):
+class PasidFormat:
     """A kind of PASID table with all that is to be known to read one, but for where it lies."""
 
     name: ClassVar[str]
     """As in the core's list of PASID tables."""
 
-    @abstractmethod
     def fields(self) -> dict[str, int]:
         """The vio_pasid_table, but for its root."""
-
-
-def _flags(**options: bool) -> int:
-    """The VIO_TABLE_* of the options that are on."""
-    return sum(int(getattr(lib, f"VIO_TABLE_{name}")) for name, on in options.items() if on)
+        numbers = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name not in FLAGS}
+        return {**numbers, "flags": flags_of(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +44,6 @@ class AmdGcr3(PasidFormat):
     write_protect: bool = True
     smep: bool = False
 
-    def fields(self) -> dict[str, int]:
-        flags = _flags(NO_1G=not self.gigabyte_leaves, WRITE_ANY=not self.write_protect, SMEP=self.smep)
-        levels = {"levels": self.levels, "table_levels": self.table_levels, "pasid_bits": self.pasid_bits}
-        return {**levels, "output_bits": self.output_bits, "flags": flags}
-
 
 @dataclass(frozen=True, slots=True)
 class VtdPasid(PasidFormat):
@@ -67,10 +58,6 @@ class VtdPasid(PasidFormat):
     large_leaves: bool = True
     gigabyte_leaves: bool = True
     snoop_control: bool = True
-
-    def fields(self) -> dict[str, int]:
-        flags = _flags(NO_2M=not self.large_leaves, NO_1G=not self.gigabyte_leaves, NO_SNOOP=not self.snoop_control)
-        return {"pasid_bits": self.pasid_bits, "output_bits": self.output_bits, "flags": flags}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +89,3 @@ class RiscVPdt(PasidFormat):
     svnapot: bool = True
     svpbmt: bool = True
     svrsw60t59b: bool = False
-
-    def fields(self) -> dict[str, int]:
-        flags = _flags(
-            ACCESSED=self.accessed_dirty,
-            DIRTY=self.accessed_dirty,
-            NO_NAPOT=not self.svnapot,
-            NO_PBMT=not self.svpbmt,
-            RSW=self.svrsw60t59b,
-        )
-        return {"levels": self.levels, "flags": flags}

@@ -18,7 +18,7 @@ from backend.core._native import ffi, lib
 from backend.core.errors import BadValueError
 from backend.core.native import address, small
 
-_FLAGS: Mapping[str, tuple[bool, tuple[str, ...]]] = MappingProxyType(
+FLAGS: Mapping[str, tuple[bool, tuple[str, ...]]] = MappingProxyType(
     {
         "accessed": (True, ("ACCESSED",)),
         "dirty": (True, ("DIRTY",)),
@@ -50,6 +50,16 @@ def _flags(*names: str) -> int:
     return flags
 
 
+def flags_of(options: Any) -> int:
+    """The VIO_TABLE_* of a format's options, of tables or of PASID tables."""
+    flags = 0
+    for each in dataclasses.fields(options):
+        if each.name in FLAGS:
+            when, names = FLAGS[each.name]
+            flags |= _flags(*names) if bool(getattr(options, each.name)) == when else 0
+    return flags
+
+
 @dataclass(frozen=True, slots=True)
 class TableFormat:
     """A format with all that is to be known to read a table, but for where it lies."""
@@ -59,13 +69,10 @@ class TableFormat:
 
     def fields(self, root: int) -> dict[str, Any]:
         """The vio_table of a table at `root`."""
-        told: dict[str, Any] = {"flags": 0}
+        told: dict[str, Any] = {"flags": flags_of(self)}
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
-            if each.name in _FLAGS:
-                when, names = _FLAGS[each.name]
-                told["flags"] |= _flags(*names) if bool(value) == when else 0
-            elif each.name == "output_bits":
+            if each.name == "output_bits":
                 told["output_bits"] = value
             elif each.name == "levels":
                 told["tree"] = {"root": root, "levels": value}
@@ -80,7 +87,6 @@ class AmdV1(TableFormat):
     levels: int = 4
     accessed: bool = False
     dirty: bool = False
-
 
 
 class ExecuteDisable(Enum):
@@ -126,7 +132,6 @@ class VtdSecondStage(TableFormat):
     snoop_control: bool = True
 
 
-
 @dataclass(frozen=True, slots=True)
 class Ept(TableFormat):
     """EPT. output_bits: MAXPHYADDR. accessed_dirty: EPTP bit 6. execute_modes: mode-based execute control."""
@@ -139,7 +144,6 @@ class Ept(TableFormat):
     execute_modes: bool = False
     large_leaves: bool = True
     gigabyte_leaves: bool = True
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +233,6 @@ class RiscV(TableFormat):
     svrsw60t59b: bool = False
 
 
-
 @dataclass(frozen=True, slots=True)
 class RiscVSecondStage(TableFormat):
     """RISC-V Sv39x4, Sv48x4, Sv57x4. Options as in RiscV; accessed_dirty: GADE."""
@@ -240,7 +243,6 @@ class RiscVSecondStage(TableFormat):
     svnapot: bool = True
     svpbmt: bool = True
     svrsw60t59b: bool = False
-
 
 
 def table_of(fmt: TableFormat | str, root: int, levels: int) -> tuple[str, Any]:
