@@ -416,27 +416,22 @@ class Driver:
         self.submit(completion_wait(self.base + SEMAPHORE, self.sequence))
         return struct.unpack("<Q", self.ram.peek(self.base + SEMAPHORE, 8)) == (self.sequence,)
 
-    def events(self) -> list[Event]:
-        """Take the events out of the log, and clear EventLogInt."""
-        self.write(STATUS, EVENT_INT)
-        head, tail = self.read(EVENT_HEAD), self.read(EVENT_TAIL)
+    def _taken(self, interrupt: int, head_at: int, tail_at: int, log: int, size: int) -> list[bytes]:
+        """Take the entries out of a log, and clear its interrupt."""
+        self.write(STATUS, interrupt)
+        head, tail = self.read(head_at), self.read(tail_at)
         found = []
         while head != tail:
-            found.append(parse_event(self.ram.peek(self.base + EVENTS + head, 16)))
-            head = (head + 16) % self.event_size
-        self.write(EVENT_HEAD, head)
+            found.append(self.ram.peek(self.base + log + head, 16))
+            head = (head + 16) % size
+        self.write(head_at, head)
         return found
 
+    def events(self) -> list[Event]:
+        return [parse_event(e) for e in self._taken(EVENT_INT, EVENT_HEAD, EVENT_TAIL, EVENTS, self.event_size)]
+
     def page_requests(self) -> list[PageRequest]:
-        """Take the entries out of the PPR log, and clear PPRInt."""
-        self.write(STATUS, PPR_INT)
-        head, tail = self.read(PPR_HEAD), self.read(PPR_TAIL)
-        found = []
-        while head != tail:
-            found.append(parse_page_request(self.ram.peek(self.base + PPRS + head, 16)))
-            head = (head + 16) % self.ppr_size
-        self.write(PPR_HEAD, head)
-        return found
+        return [parse_page_request(e) for e in self._taken(PPR_INT, PPR_HEAD, PPR_TAIL, PPRS, self.ppr_size)]
 
     # Device table
 

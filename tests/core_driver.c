@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "core_holds.h"
 #include "engine.h"
 
 #define PAGE 4096u
@@ -18,14 +19,6 @@
 #define GPA_PAGES 96u /* some of them are never memory */
 #define HOST 1u
 #define CHILDREN 4u
-
-#define HOLDS(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition);                             \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 static uint64_t state;
 

@@ -23,6 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "core_traffic.h"
 #include "request.h"
 
 #define LENT 1u
@@ -33,37 +34,9 @@
 #define LATE 4u   /* IOVA pages behind the changers' that come late */
 #define PAGES (CHANGERS * (SLOTS + SPARE))
 #define SPAN ((CHANGERS * SLOTS + LATE) * PAGE)
-#define CANARY 0xc5c5c5c5c5c5c5c5ull
-
-#define HOLDS(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition);                             \
-            _exit(1);                                                                                                  \
-        }                                                                                                              \
-    } while (0)
 
 static vio_engine *engine;
 static uint8_t *shared, *late;
-static int stop;
-
-struct random {
-    uint64_t state;
-};
-
-static uint64_t below(struct random *random, uint64_t n) /* splitmix64 */
-{
-    uint64_t z = random->state += 0x9e3779b97f4a7c15ull;
-
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return (z ^ z >> 31) % n;
-}
-
-static bool stopped(void)
-{
-    return __atomic_load_n(&stop, __ATOMIC_RELAXED);
-}
 
 /* The process: it withholds its late pages for a while each time, where the system lets it. */
 
@@ -99,12 +72,6 @@ static struct device {
     struct random random;
     uint64_t moved;
 } devices[DEVICES];
-
-static void check_no_canary(const uint64_t *data, uint64_t bytes)
-{
-    for (uint64_t i = 0; i < bytes / 8; i++)
-        HOLDS(data[i] != CANARY);
-}
 
 static void *device_main(void *argument)
 {

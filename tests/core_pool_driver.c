@@ -8,19 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core_holds.h"
 #include "pool.h"
 #include "vio.h"
 
 #define BLOCKS 400u
 #define STEPS 40000u
-
-#define HOLDS(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition);                             \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 struct block {
     char *at; /* NULL: not taken */

@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include "core_traffic.h"
 #include "request.h"
 
 #define STAGE2 1u
@@ -26,38 +27,10 @@
 #define PAGES (OWN + SPARE)
 #define TABLES (1 + DEVICES * 3)         /* unused page 0; of each device a root and two leaf tables */
 #define RAM_PAGES (TABLES + CHANGERS * PAGES)
-#define CANARY 0xc5c5c5c5c5c5c5c5ull
 #define LEAF 1ull << 61 | 1ull << 62 | 1
-
-#define HOLDS(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition);                             \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 static vio_engine *engine;
 static uint8_t *ram;
-static int stop;
-
-struct random {
-    uint64_t state;
-};
-
-static uint64_t below(struct random *random, uint64_t n) /* splitmix64 */
-{
-    uint64_t z = random->state += 0x9e3779b97f4a7c15ull;
-
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return (z ^ z >> 31) % n;
-}
-
-static bool stopped(void)
-{
-    return __atomic_load_n(&stop, __ATOMIC_RELAXED);
-}
 
 /* Devices. Each has a space, its RID being its number; its IOVA pages 0 to SLOTS - 1 are used by no other. */
 
@@ -77,12 +50,6 @@ static uint32_t space_of(uint32_t device)
 static uint64_t root_of(uint32_t device)
 {
     return (1 + device * 3) * PAGE;
-}
-
-static void check_no_canary(const uint64_t *data, uint64_t bytes)
-{
-    for (uint64_t i = 0; i < bytes / 8; i++)
-        HOLDS(data[i] != CANARY);
 }
 
 static void *device_main(void *argument)

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include "core_holds.h"
 #include "engine.h"
 
 #define PAGE 4096u
@@ -22,14 +23,6 @@
 #define GCR3_PAGE 63u  /* the PASID table */
 #define DATA_PAGE 40u  /* the first page that is written; below it lie page tables */
 #define IOVA 0x12345000ull
-
-#define HOLDS(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition);                             \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 static vio_engine *engine;
 static uint8_t *ram;

@@ -1,8 +1,4 @@
-"""A driver of the DMA engine for tests, written against its header: it imports nothing of the device but its class.
-
-Guest memory is a memfd behind a real engine port. Without PASID every page is mapped on its own at IOVA_BASE + its
-offset, so that an IOVA is never the offset in memory and a test can take single pages away.
-"""
+"""A driver of the DMA engine for tests, written against its header: it imports nothing of the device but its class."""
 
 from __future__ import annotations
 
@@ -10,15 +6,12 @@ import struct
 from dataclasses import dataclass
 
 from dma_header import VDMA
-from guest_ram import PAGE, Ram
+from guest_ram import PAGE
+from paged_host import MIB, PagedHost
 
-from backend.core import Access
 from backend.endpoints.dma_engine import DmaEngine
-from backend.ioasid import Engine
 
-IOVA_BASE = 0x12_3400_0000
 RID = 0x0028
-MIB = 1 << 20
 
 PASID_CONTROL, ATS_CONTROL, PRI_CONTROL, PRI_STATUS, PRI_ALLOCATION = 6, 6, 4, 6, 12
 
@@ -116,45 +109,14 @@ class Ring:
         return record
 
 
-class Host:
-    """A machine with one engine. `memory` in bytes, all of it mapped for requests without PASID."""
+class Host(PagedHost):
+    """A machine with one engine."""
+
+    function: DmaEngine
 
     def __init__(self, *, memory: int = 8 * MIB, queues: int = 8, pasids: bool = True) -> None:
-        self.ram = Ram(memory)
-        self.engine = Engine()
-        self.context = self.engine.open()
-        self.space = self.context.alloc()
-        for offset in range(0, memory, PAGE):
-            self.context.map_dma(self.space, IOVA_BASE + offset, self.ram.hva + offset, PAGE)
-        self.device = self.engine.add_device(RID, "dma")
-        self.context.bind_device(RID)
-        self.context.attach(RID, self.space)
-        self.function = DmaEngine(name="dma", queues=queues, pasids=pasids)
-        self.function.connect_dma(self.device.port)
-        self.interrupts: list[int] = []
-        self.function.connect_interrupts(self._interrupted)
-        self._next = PAGE  # page 0 stays free: an address of 0 is nobody's buffer
+        super().__init__(DmaEngine(name="dma", queues=queues, pasids=pasids), RID, memory=memory)
         self._records = 0
-        self.set_bus_master(True)
-        self.function.config.write(self.capability(0x11) + 2, 2, 0x8000)
-
-    def close(self) -> None:
-        self.engine.close()
-        self.ram.close()
-
-    def _interrupted(self, vector: int) -> bool:
-        self.interrupts.append(vector)
-        return True
-
-    def set_bus_master(self, on: bool) -> None:
-        self.function.config.write(0x04, 2, 0x0006 if on else 0x0002)
-
-    def capability(self, wanted: int) -> int:
-        """Where a capability of the first 256 bytes lies."""
-        offset = self.function.config.read(0x34, 1)
-        while self.function.config.read(offset, 1) != wanted:
-            offset = self.function.config.read(offset + 1, 1)
-        return offset
 
     def extended(self, wanted: int) -> int:
         """Where an extended capability lies."""
@@ -164,13 +126,6 @@ class Host:
         return offset
 
     # memory
-
-    def allocate(self, pages: int = 1) -> int:
-        """IOVA of fresh pages."""
-        iova = IOVA_BASE + self._next
-        self._next += pages * PAGE
-        assert self._next <= self.ram.size
-        return iova
 
     def new_record(self) -> int:
         """IOVA of a record, zeroed."""
@@ -182,29 +137,10 @@ class Host:
     def record(self, iova: int) -> Record:
         return Record(*struct.unpack("<BBHI3Q", self.peek(iova, 32)))
 
-    def poke(self, iova: int, data: bytes) -> None:
-        self.ram.poke(iova - IOVA_BASE, data)
-
     def poke_ring(self, iova: int, data: bytes) -> None:
         self.poke(iova, data)
 
-    def peek(self, iova: int, size: int) -> bytes:
-        return self.ram.peek(iova - IOVA_BASE, size)
-
-    def unmap(self, iova: int) -> None:
-        self.context.unmap_dma(self.space, iova, PAGE)
-
-    def map(self, iova: int, access: Access = Access.READ | Access.WRITE) -> None:
-        self.context.map_dma(self.space, iova, self.ram.hva + iova - IOVA_BASE, PAGE, access)
-
     # registers
-
-    def get(self, offset: int, size: int = 4) -> int:
-        return self.function.bar_read(0, offset, size)
-
-    def put(self, offset: int, value: int, size: int = 4) -> None:
-        self.function.bar_write(0, offset, size, value)
-        self.function.drained()
 
     def reg(self, name: str, size: int = 4) -> int:
         return self.get(VDMA["REG_" + name], size)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from dma_driver import IOVA_BASE, PASID_CONTROL, PRI_ALLOCATION, PRI_CONTROL, RID, Host, Ring
+from dma_driver import PASID_CONTROL, PRI_ALLOCATION, PRI_CONTROL, RID, Host, Ring
 from dma_header import VDMA
 from guest_ram import PAGE
+from paged_host import IOVA_BASE
 
 from backend.core import Access
 from backend.ioasid import Code, FaultRecord, PasidTableFormat, Untagged

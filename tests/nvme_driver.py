@@ -1,23 +1,16 @@
-"""A host driver for tests, written from NVM Express 1.4: it packs its own structures and imports none of the device's.
-
-Guest memory is a memfd behind a real engine port. Every page is mapped on its own at IOVA_BASE + its offset, so an IOVA
-is never the offset in memory and a test can take single pages away.
-"""
+"""A host driver for tests, written from NVM Express 1.4: its own structures, none of the device's."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
 
-from guest_ram import PAGE, Ram
+from guest_ram import PAGE
+from paged_host import MIB, PagedHost
 
-from backend.core import Access
 from backend.endpoints.nvme import Namespace, NvmeController
-from backend.ioasid import Engine
 
-IOVA_BASE = 0x12_3400_0000
 RID = 0x0018
-MIB = 1 << 20
 
 CAP, VS, INTMS, INTMC, CC, CSTS, AQA, ASQ, ACQ = 0x00, 0x08, 0x0C, 0x10, 0x14, 0x1C, 0x24, 0x28, 0x30
 DOORBELLS = 0x1000
@@ -110,77 +103,19 @@ class Queue:
         return found
 
 
-class Host:
-    """A machine with one controller, and the driver's state. `memory` in bytes, `disk` in bytes."""
+class Host(PagedHost):
+    """A machine with one controller, and the driver's state."""
 
     def __init__(self, *, memory: int = 8 * MIB, namespace: Namespace | None = None) -> None:
-        self.ram = Ram(memory)
-        self.engine = Engine()
-        self.context = self.engine.open()
-        self.space = self.context.alloc()
-        for offset in range(0, memory, PAGE):
-            self.context.map_dma(self.space, IOVA_BASE + offset, self.ram.hva + offset, PAGE)
-        self.port = self.engine.add_device(RID, "nvme").port
-        self.context.bind_device(RID)
-        self.context.attach(RID, self.space)
         self.namespace = namespace or Namespace.in_memory(2 * MIB)
         self.controller = NvmeController(self.namespace)
-        self.controller.connect_dma(self.port)
-        self.interrupts: list[int] = []
-        self.controller.connect_interrupts(self._interrupted)
+        super().__init__(self.controller, RID, memory=memory)
         self.shadow: tuple[int, int] | None = None
-        self._next = PAGE  # page 0 stays free: an address of 0 is nobody's buffer
         self._cid = 0
-        self.set_bus_master(True)
-        self._enable_msix()
 
     def close(self) -> None:
-        self.engine.close()
-        self.ram.close()
+        super().close()
         self.namespace.close()
-
-    def _interrupted(self, vector: int) -> bool:
-        self.interrupts.append(vector)
-        return True
-
-    def set_bus_master(self, on: bool) -> None:
-        self.controller.config.write(0x04, 2, 0x0006 if on else 0x0002)
-
-    def _enable_msix(self) -> None:
-        offset = self.controller.config.read(0x34, 1)
-        while self.controller.config.read(offset, 1) != 0x11:
-            offset = self.controller.config.read(offset + 1, 1)
-        self.controller.config.write(offset + 2, 2, 0x8000)
-
-    # memory
-
-    def allocate(self, pages: int = 1) -> int:
-        """IOVA of fresh pages."""
-        iova = IOVA_BASE + self._next
-        self._next += pages * PAGE
-        assert self._next <= self.ram.size
-        return iova
-
-    def poke(self, iova: int, data: bytes) -> None:
-        self.ram.poke(iova - IOVA_BASE, data)
-
-    def peek(self, iova: int, size: int) -> bytes:
-        return self.ram.peek(iova - IOVA_BASE, size)
-
-    def unmap(self, iova: int) -> None:
-        self.context.unmap_dma(self.space, iova, PAGE)
-
-    def map(self, iova: int, access: Access = Access.READ | Access.WRITE) -> None:
-        self.context.map_dma(self.space, iova, self.ram.hva + iova - IOVA_BASE, PAGE, access)
-
-    # registers
-
-    def get(self, offset: int, size: int = 4) -> int:
-        return self.controller.bar_read(0, offset, size)
-
-    def put(self, offset: int, value: int, size: int = 4) -> None:
-        self.controller.bar_write(0, offset, size, value)
-        self.controller.drained()
 
     def doorbell(self, index: int, value: int) -> None:
         self.put(DOORBELLS + 4 * index, value)

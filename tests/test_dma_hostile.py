@@ -8,10 +8,11 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from dma_driver import IOVA_BASE, PRI_ALLOCATION, PRI_CONTROL, Ring
+from dma_driver import PRI_ALLOCATION, PRI_CONTROL, Ring
 from dma_header import VDMA, group
 from dma_process import PASID, PRESENT, PRI, USER, WRITABLE, Kernel
 from guest_ram import PAGE
+from paged_host import IOVA_BASE
 
 from backend.ioasid import Code, FaultRecord, IoasidError
 

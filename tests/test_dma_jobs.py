@@ -7,9 +7,10 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from dma_driver import IOVA_BASE, MIB, Host, Ring
+from dma_driver import Host, Ring
 from dma_header import VDMA
 from guest_ram import PAGE
+from paged_host import IOVA_BASE, MIB
 
 from backend.core import Access
 

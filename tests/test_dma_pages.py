@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from random import Random
 
 import pytest
-from dma_driver import MIB, PRI_ALLOCATION, PRI_CONTROL, PRI_STATUS, Record, Ring
+from dma_driver import PRI_ALLOCATION, PRI_CONTROL, PRI_STATUS, Record, Ring
 from dma_header import VDMA
 from dma_process import ACCESSED, DIRTY, PASID, PRESENT, PRI, USER, WRITABLE, Kernel, Process
 from guest_ram import PAGE
+from paged_host import MIB
 
 from backend.core import Access
 from backend.ioasid import Code

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dma_driver import MIB, Host, Ring
+from dma_driver import Host, Ring
 from dma_header import VDMA
+from paged_host import MIB
 from pci_serving import IDENTITY, EduFunction, Serving
 from vfio_user_client import MSIX, VfioUserClient, signals
 from vfu import libvfio_user

@@ -20,7 +20,7 @@ from reference.common import Kind as AskedKind
 from reference.common import Result
 
 from backend.core import Access, Fault, Reason
-from backend.ioasid import COMMANDS, FORMATS, Engine, IoasidError, Kind, PgtableFormat
+from backend.ioasid import COMMANDS, Engine, IoasidError, Kind, PgtableFormat
 
 RID = 8
 R, RW = Access.READ, Access.READ | Access.WRITE
@@ -112,7 +112,6 @@ def test_nobody_maps_into_it(vm: Vm) -> None:
         assert refused.value.errno == errno.EINVAL
 
 
-@pytest.mark.skipif("ept" not in FORMATS, reason="EPT is not on offer")
 def test_the_table_is_an_ept(vm: Vm) -> None:
     ioasid = vm.ctx.alloc(Kind.VM, vendor="ept")
     large = Ram(6 << 20)

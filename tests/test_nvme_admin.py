@@ -14,12 +14,12 @@ from nvme_driver import (
     GET_FEATURES,
     GET_LOG,
     IDENTIFY,
-    MIB,
     READ,
     SET_FEATURES,
     WRITE,
     Host,
 )
+from paged_host import MIB
 
 from backend.endpoints.nvme import Identity, Namespace
 from backend.pci import ResetKind

@@ -89,7 +89,7 @@ def test_shadow_tail_that_moves_while_the_controller_looks_away(host: Host) -> N
     for _ in range(2):
         queue.push(host.entry(FLUSH, nsid=1))
     # Like a second CPU: it stores its tail just when the controller has fetched what it knew of.
-    fetched = host.port.read
+    fetched = host.device.port.read
     late: list[bytes] = []
 
     def read(iova: int, length: int, pasid: int | None = None) -> object:
@@ -102,7 +102,7 @@ def test_shadow_tail_that_moves_while_the_controller_looks_away(host: Host) -> N
             host.poke(shadow[0] + 8, struct.pack("<I", queue.tail))
         return answer
 
-    host.port.read = read  # type: ignore[method-assign, assignment]
+    host.device.port.read = read  # type: ignore[method-assign, assignment]
     queue.ring()
     assert len(queue.pop_all()) == 5
 

@@ -5,7 +5,8 @@ import struct
 from guest_ram import PAGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvme_driver import CC, CSTS, FATAL, IOVA_BASE, MIB, READY, Host
+from nvme_driver import CC, CSTS, FATAL, READY, Host
+from paged_host import IOVA_BASE, MIB
 
 from backend.endpoints.nvme import Namespace
 

@@ -17,8 +17,6 @@ from nvme_driver import (
     CSTS,
     DATASET_MANAGEMENT,
     FLUSH,
-    IOVA_BASE,
-    MIB,
     READ,
     READY,
     RID,
@@ -29,6 +27,7 @@ from nvme_driver import (
     Host,
     Queue,
 )
+from paged_host import IOVA_BASE, MIB
 
 from backend.core import Access, Fault, Reason
 from backend.endpoints.nvme import Namespace, NvmeController, Transfer
@@ -231,10 +230,10 @@ def test_a_list_that_leads_to_itself_ends(host: Host) -> None:
     queue = host.create_queue(1, 8)
     page, table = host.allocate(), host.allocate()
     host.poke(table, struct.pack("<512Q", *[page] * 511, table))
-    requests = host.port.counters.requests
+    requests = host.device.port.counters.requests
     assert host.submit_io(queue, READ, 0, 2048, prp1=page, prp2=table + 8 * 511).status == 0
     # entries of the queue, two parts of the list, the data in one call, the completion in two
-    assert host.port.counters.requests - requests == 6
+    assert host.device.port.counters.requests - requests == 6
 
 
 def test_a_list_behind_an_unmapped_page(host: Host) -> None:
@@ -255,10 +254,10 @@ def test_adjacent_pages_are_one_part(host: Host) -> None:
     host.controller.transfers.recent.clear()
     assert transfer(host, queue, READ, 0, buffer).status == 0
     assert list(host.controller.transfers.recent) == [Transfer(base, MIB, write=True)]
-    requests = host.port.counters.requests
+    requests = host.device.port.counters.requests
     assert transfer(host, queue, WRITE, 0, buffer).status == 0
     assert host.controller.transfers.recent[-1] == Transfer(base, MIB, write=False)
-    assert host.port.counters.requests - requests == 5  # entry, list, data, completion in two
+    assert host.device.port.counters.requests - requests == 5  # entry, list, data, completion in two
 
 
 def test_largest_transfer(host: Host) -> None:

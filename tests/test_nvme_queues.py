@@ -177,7 +177,7 @@ def test_a_phase_turns_by_one_store_after_the_rest(host: Host) -> None:
     queue = host.create_queue(1, 4)
     ring = bytearray(64)
     stores: list[tuple[int, int]] = []
-    write, store = host.port.write, host.port.store
+    write, store = host.device.port.write, host.device.port.store
 
     def see_write(iova: int, data: bytes, pasid: int | None = None) -> Fault | None:
         if queue.cq <= iova < queue.cq + 64:
@@ -196,7 +196,7 @@ def test_a_phase_turns_by_one_store_after_the_rest(host: Host) -> None:
             stores.append((at // 16, value >> 16 & 1))
         return store(iova, value, width, pasid)
 
-    host.port.write, host.port.store = see_write, see_store  # type: ignore[method-assign, assignment]
+    host.device.port.write, host.device.port.store = see_write, see_store  # type: ignore[method-assign, assignment]
     for _ in range(5):
         for _ in range(3):
             queue.push(host.entry(FLUSH, nsid=1))
@@ -399,7 +399,7 @@ async def test_an_error_in_work_put_off_reaches_the_transport(host: Host, monkey
     told: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
     with monkeypatch.context() as patch:
-        patch.setattr(host.port, "read", None)  # a bug of ours
+        patch.setattr(host.device.port, "read", None)  # a bug of ours
         await asyncio.sleep(0)
     assert len(told) == 1
     with pytest.raises(TypeError):
