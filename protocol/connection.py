@@ -246,7 +246,7 @@ class Connection:
                 break
         self._stop_reading()  # there may be more at hand
         self._flush()
-        if not self._writing:
+        if not self._writing and self.state is State.OPEN:
             self._loop.call_soon(self._turn)
 
     @property

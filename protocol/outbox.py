@@ -45,9 +45,7 @@ class Outbox:
         queue = self._notifications
         queue.append(data)
         self.notification_bytes += len(data)
-        while len(queue) > 1 and (
-            len(queue) > self._limits.notifications or self.notification_bytes > most
-        ):
+        while len(queue) > 1 and (len(queue) > self._limits.notifications or self.notification_bytes > most):
             self.notification_bytes -= len(queue.popleft())
             self.lost += 1
 

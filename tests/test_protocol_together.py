@@ -119,6 +119,30 @@ def test_who_goes_without_reading_leaves_nothing(serving: RpcServing) -> None:
         assert serving.server.waiting.rest < REST
 
 
+def test_the_turn_at_hand_is_the_last_of_a_connection_that_ended_with_replies_unread(serving: RpcServing) -> None:
+    turns_taken: list[int] = []
+    with RawClient(serving.path) as client:
+        assert client.ask(1, "add", a=1, b=1)[3] == 2
+
+        def end() -> None:
+            (connection,) = serving.server.connections
+            turn = connection._turn
+
+            def counted() -> None:
+                turns_taken.append(1)
+                turn()
+
+            vars(connection)["_turn"] = counted
+            connection._outbox.reply(bytes(LIMITS.unsent + 1))
+            connection.abort()
+            connection._turn()
+
+        serving.call(end)
+        for _ in range(3):
+            serving.call(lambda: None)
+    assert len(turns_taken) == 1
+
+
 # -- Large messages ----------------------------------------------------------------------------------------------------
 
 LARGE = packed(7, "add", a=1, b=2, more=bytes(500_000))
