@@ -176,7 +176,7 @@ def test_a_broken_greeting_ends_at_once(victim: Victim, path: Path, sent: bytes)
     [
         (VERSION, struct.pack("<HH", 1, 0) + b"{}\0"),
         (VERSION, struct.pack("<HH", 0, 0) + b"{\0"),
-        (VERSION, struct.pack("<HH", 0, 0) + os.urandom(3000)),
+        (VERSION, struct.pack("<HH", 0, 0) + random.Random(3000).randbytes(3000)),
         (VERSION, struct.pack("<HH", 0, 0) + b'{"capabilities": ' * 1000 + b"\0"),
         (VERSION, b""),
         (REGION_READ, struct.pack("<QII", 0, 0, 4)),
